@@ -1,0 +1,34 @@
+"""Candidates: which of a prompt's responses may be compared."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from rmsweep.bank import Ints, Split
+
+
+class Candidates(Protocol):
+    """A rule that picks k responses of every prompt."""
+
+    def size(self, count: Ints, pairs_per_prompt: int) -> Ints:
+        """Number of candidates k [P] of prompts with `count` [P] responses; known before any data are read."""
+        ...
+
+    def pick(self, split: Split, pairs_per_prompt: int, rng: np.random.Generator) -> Ints:
+        """Response indices [P, max k] int64; -1 pads prompts with fewer candidates. `rng`: stream "candidates"."""
+        ...
+
+
+def enough_for(pairs_per_prompt: int) -> int:
+    """The smallest k with C(k, 2) >= pairs_per_prompt: 2 for the papers' single pair."""
+    k = 2
+    while k * (k - 1) // 2 < pairs_per_prompt:
+        k += 1
+    return k
+
+
+def golden_order(split: Split) -> Ints:
+    """Response indices of each prompt from worst to best golden reward [P, N], padding last."""
+    return np.argsort(split.golden, axis=1, kind="stable")  # NaN sorts last

@@ -1,0 +1,185 @@
+"""One cell: its resolved config, the components it is made of, and its identity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from rmsweep import component
+from rmsweep.annotators import Annotator
+from rmsweep.candidates import Candidates
+from rmsweep.datasets import BankShape, Dataset
+from rmsweep.errors import ConfigError, unknown
+from rmsweep.fingerprint import digest
+from rmsweep.pairings import Pairing
+from rmsweep.protocols import FitProtocol
+from rmsweep.reward_models import Compute, RewardModel
+from rmsweep.size import Size
+from rmsweep.stages import VERSIONS
+
+GROUPS = (
+    "base_llm", "dataset", "embedder", "candidates", "pairing", "annotator", "reward_model", "protocol",
+)  # fmt: skip
+DEFAULT_ANNOTATIONS = 10_000
+
+
+@dataclass(frozen=True)
+class ErrorRate:
+    """An annotation error rate for which beta is solved; `reference` names the comparisons it refers to."""
+
+    value: Annotated[float, Field(gt=0, lt=0.5)] | None = None
+    reference: Literal["random_same_prompt", "this_design"] = "random_same_prompt"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluation looks at: temperatures of the tilted policy, test pairs for noisy agreement, calibration rows."""
+
+    tilt_tau: tuple[Annotated[float, Field(gt=0)], ...] = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+    n_noisy_pairs: Annotated[int, Field(ge=1)] = 20_000
+    n_calibration: Annotated[int, Field(ge=2)] = 4_096
+
+
+@dataclass(frozen=True)
+class Values:
+    """The cell's plain values; see conf/config.yaml."""
+
+    beta: Annotated[float, Field(ge=0, allow_inf_nan=True)] = 1.0
+    n_annotations: Annotated[int, Field(ge=1)] | None = None
+    pairs_per_prompt: Annotated[int, Field(ge=1)] = 1
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """A cell's components, built and checked."""
+
+    base_llm: Any
+    dataset: Dataset
+    embedder: Any
+    size: Size
+    candidates: Candidates
+    pairing: Pairing
+    annotator: Annotator
+    reward_model: RewardModel
+    protocol: FitProtocol
+    values: Values
+    error_rate: ErrorRate
+    evaluate: Evaluation
+
+
+class PlannedCell(NamedTuple):
+    """A cell of a sweep's plan. `labels`: column -> value (option names for groups); `reason`: why it is skipped."""
+
+    cell_id: str
+    fingerprint: str
+    bank_id: str
+    labels: dict[str, Any]
+    config: dict[str, Any]
+    reason: str | None = None
+
+
+def build_cell(config: Mapping[str, Any]) -> CellSpec:
+    """The components of a plain cell config; every key and value checked, ConfigError otherwise.
+
+    Keys: the nodes of GROUPS (with `kind`) and `size`; beta, n_annotations, pairs_per_prompt, seed; error_rate, evaluate.
+    """
+    known = {*GROUPS, "size", "error_rate", "evaluate", "beta", "n_annotations", "pairs_per_prompt", "seed"}
+    for key in config:
+        if key not in known:
+            raise unknown("key", key, known)
+    parts = {group: component.build(group, config[group]) for group in GROUPS}
+    size = component.checked(Size, config["size"], "size")
+    parts["reward_model"] = _sized(parts["reward_model"], size if parts["dataset"].uses_size else None)
+    if parts["embedder"].kind == "auto":
+        parts["embedder"] = component.build("embedder", parts["dataset"].default_embedder)
+    names = ("beta", "n_annotations", "pairs_per_prompt", "seed")
+    values = component.checked(Values, {n: _number(config[n]) for n in names if n in config}, "")
+    if math.isnan(values.beta):
+        raise ConfigError("beta=nan: allowed are numbers >= 0 and inf")
+    return CellSpec(
+        **parts,
+        size=size,
+        values=values,
+        error_rate=component.checked(ErrorRate, config.get("error_rate", {}), "error_rate"),
+        evaluate=component.checked(Evaluation, config.get("evaluate", {}), "evaluate"),
+    )
+
+
+def bank_config(spec: CellSpec, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What decides a bank's bytes; `inputs`: sha256 of every file the dataset reads, by name."""
+    shape = {k: getattr(spec.size, k) for k in "PNQMD"} if spec.dataset.uses_size else None
+    return {
+        "dataset": component.identity(spec.dataset, bank=True),
+        "base_llm": component.identity(spec.base_llm),
+        "embedder": component.identity(spec.embedder),
+        "size": shape,
+        "inputs": dict(inputs),
+    }
+
+
+def bank_id(spec: CellSpec, inputs: Mapping[str, str]) -> str:
+    """Key of the bank in the store: its config, its inputs, the version of the stage that makes it."""
+    return digest({"bank": bank_config(spec, inputs), "version": VERSIONS["generate"]})
+
+
+def cell_id(spec: CellSpec, inputs: Mapping[str, str]) -> str:
+    """Hash of everything in the config that can affect the cell's numbers, and of its inputs."""
+    parts = ("candidates", "pairing", "annotator", "reward_model", "protocol")
+    identity: dict[str, Any] = {name: component.identity(getattr(spec, name)) for name in parts}
+    identity["bank"] = bank_config(spec, inputs)
+    identity["dataset"] = component.identity(spec.dataset)
+    identity["evaluate"] = component.changed(spec.evaluate)
+    identity["values"] = component.changed(spec.values)
+    if spec.error_rate.value is not None:
+        identity["error_rate"] = component.changed(spec.error_rate)
+        identity["values"].pop("beta", None)
+    return digest(identity)
+
+
+def fingerprint(cell: str, compute: Compute) -> str:
+    """Key of a cell's result: cell_id, the versions of all stages, device class and precision."""
+    return digest({"cell": cell, "versions": VERSIONS, "device": compute.device, "precision": compute.precision})
+
+
+def why_skipped(spec: CellSpec, shape: BankShape, base_llm: str) -> str | None:
+    """Why this combination has no meaning or cannot be given, or None; `base_llm` is the option's name."""
+    if base_llm not in spec.dataset.base_llms:
+        return f"base_llm {base_llm} does not go with this dataset; it has {', '.join(spec.dataset.base_llms)}"
+    reason = getattr(spec.reward_model, "skip", lambda shape: None)(shape)
+    return reason or too_many_annotations(spec, shape)
+
+
+def too_many_annotations(spec: CellSpec, shape: BankShape) -> str | None:
+    """The message when the design cannot give n_annotations, with the remedy; None when it can."""
+    available, wanted = available_annotations(spec, shape), spec.values.n_annotations or 1
+    if wanted <= available:
+        return None
+    per_prompt = -(-wanted // max(1, int((shape.count_train >= 2).sum())))
+    return (
+        f"n_annotations={wanted} but this design gives at most {available} comparisons "
+        f"({len(shape.count_train)} prompts, pairs_per_prompt={spec.values.pairs_per_prompt}); "
+        f"lower n_annotations, raise pairs_per_prompt (to {per_prompt} or more), or take a larger bank"
+    )
+
+
+def available_annotations(spec: CellSpec, shape: BankShape) -> int:
+    """How many comparisons candidates and pairing can give on a bank of this shape."""
+    return spec.pairing.capacity(spec.candidates.size(shape.count_train, spec.values.pairs_per_prompt))
+
+
+def _sized(model: Any, size: Size | None) -> Any:
+    """The reward model with its null fields filled from the size of the simulated bank."""
+    fields = size.reward_model.get(model.kind, {}) if size else {}
+    current = {f: getattr(model, f) for f in fields}
+    node = {"kind": model.kind, **{f: v for f, v in fields.items() if current[f] is None}}
+    return component.override(model, node) if len(node) > 1 else model
+
+
+def _number(value: Any) -> Any:
+    """Hydra hands inf and nan over as floats, YAML and JSON as words: one spelling for both."""
+    return float(value) if isinstance(value, str) and value.lower() in ("inf", "nan") else value

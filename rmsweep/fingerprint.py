@@ -1,0 +1,53 @@
+"""Identity of configs and files: canonical JSON and sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+DIGITS = 24  # 96 bits: a collision among 10^9 cells has probability below 10^-11
+
+
+def canonical(value: Any) -> Any:
+    """JSON-able form with one spelling per value: sorted keys, integral floats as floats, inf as "inf"."""
+    if isinstance(value, Mapping):
+        return {str(k): canonical(value[k]) for k in sorted(value, key=str)}
+    if isinstance(value, str) or value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Sequence):
+        return [canonical(v) for v in value]
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float):
+        if math.isnan(value):
+            raise ValueError("NaN has no canonical form")
+        return ("inf" if value > 0 else "-inf") if math.isinf(value) else value
+    raise TypeError(f"{type(value).__name__} has no canonical form")
+
+
+def canonical_json(value: Any) -> str:
+    """Canonical JSON text of `value`: equal values give equal text on every machine."""
+    return json.dumps(canonical(value), separators=(",", ":"), sort_keys=True, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """The first 24 hex digits of sha256 over canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:DIGITS]
+
+
+def file_sha256(path: Path) -> str:
+    """Full sha256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha(handle)
+
+
+def _sha(handle: Any) -> str:
+    """sha256 in 1 MiB blocks (Python 3.10 has no hashlib.file_digest)."""
+    state = hashlib.sha256()
+    while block := handle.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()

@@ -1,0 +1,1 @@
+"""Metrics: plain vectorised functions of scores and golden rewards."""

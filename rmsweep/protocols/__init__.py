@@ -1,0 +1,93 @@
+"""How a model is fitted: split, batch, epochs, early stopping. `released` restates the published scripts, `clean` does it right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rmsweep.bank import Ints, Split
+from rmsweep.preferences import Preferences
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """E training examples: flat bank rows and targets in [0, 1].
+
+    Pairwise: `second` [E] holds the other side and target = P(first > second). Pointwise: `second` is None and
+    target = 1 for chosen, 0 for rejected. `comparison` [E] is the comparison an example comes from.
+    """
+
+    first: Ints
+    second: Ints | None
+    target: NDArray[np.float32]
+    comparison: Ints
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def take(self, index: Ints) -> Examples:
+        """The examples at `index`."""
+        second = None if self.second is None else self.second[index]
+        return Examples(self.first[index], second, self.target[index], self.comparison[index])
+
+
+class SplitExamples(NamedTuple):
+    """Training and validation examples of one cell."""
+
+    train: Examples
+    validation: Examples
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How an iterative model is trained on given examples.
+
+    learning_rate of Adam; `batch` examples per step; an epoch is a `pass` over all examples, or as many `resample`d
+    batches (each a new random subset); stop when validation is worse than `each_previous` of the last `patience`
+    epochs, or has not beaten the `best` for `patience` epochs; `restore_best` keeps the best epoch's weights.
+    """
+
+    learning_rate: float
+    batch: int
+    max_epochs: int
+    patience: int
+    epoch: Literal["pass", "resample"]
+    stop: Literal["best", "each_previous"]
+    restore_best: bool
+    clamped_sigmoid: bool = False
+    weight_decay: float = 0.0
+
+
+class FitProtocol(Protocol):
+    """One protocol: which prompts come first, which examples train and which validate, how steps are taken."""
+
+    prompt_order: Literal["file", "shuffled"]
+
+    def split(
+        self, split: Split, preferences: Preferences, pointwise: bool, rng: np.random.Generator
+    ) -> SplitExamples:
+        """Training and validation examples; `rng` is the stream "split"."""
+        ...
+
+    def schedule(self, n_train: int, pointwise: bool) -> Schedule:
+        """Batch, learning rate and stopping for `n_train` training examples."""
+        ...
+
+
+def pairwise(split: Split, preferences: Preferences) -> Examples:
+    """One example per comparison: (a, b) with target P(a > b)."""
+    pairs = preferences.comparisons
+    return Examples(
+        pairs.rows_a(split), pairs.rows_b(split), preferences.preference, np.arange(len(preferences), dtype=np.int64)
+    )
+
+
+def pointwise(split: Split, preferences: Preferences) -> Examples:
+    """Two examples per comparison: a with target p and b with target 1 - p; rows 2c and 2c + 1 belong to comparison c."""
+    pairs = preferences.comparisons
+    rows = np.stack([pairs.rows_a(split), pairs.rows_b(split)], axis=1).reshape(-1)
+    target = np.stack([preferences.preference, 1 - preferences.preference], axis=1).reshape(-1)
+    return Examples(rows, None, target.astype(np.float32), np.repeat(np.arange(len(preferences), dtype=np.int64), 2))
