@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import pkgutil
 import re
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -52,7 +53,7 @@ def component(group: str, kind: str | None = None, *, version: int = 1) -> Calla
         known = _REGISTRY.get((group, name))
         if known is not None and known.__qualname__ != cls.__qualname__:
             raise ConfigError(f"two components claim {group}.kind={name!r}: {known!r} and {cls!r}")
-        vars_ = {"group": group, "kind": name, "version": version, "__pydantic_config__": {"extra": "forbid"}}
+        vars_ = {"group": group, "kind": name, "version": version}
         for attribute, value in vars_.items():
             setattr(cls, attribute, value)
         _REGISTRY[group, name] = cls
@@ -164,22 +165,35 @@ def identity(thing: Any, *, bank: bool = False) -> dict[str, Any]:
 
 
 @functools.cache
-def _adapter(cls: type) -> pydantic.TypeAdapter[Any]:
-    return pydantic.TypeAdapter(cls)
+def _model(cls: type) -> type[pydantic.BaseModel]:
+    """Strict pydantic model of a dataclass: no coercion of strings, no unknown keys."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields: dict[str, Any] = {
+        f.name: (hints[f.name], ... if _required(f) else _default(f))
+        for f in dataclasses.fields(cls)
+        if "component" not in f.metadata
+    }
+    config = pydantic.ConfigDict(strict=True, extra="forbid")
+    return pydantic.create_model(f"{cls.__name__}Model", __config__=config, **fields)
 
 
 def _validated(group: str, cls: type, node: Mapping[str, Any]) -> Any:
-    """The dataclass from `node`, with pydantic's strict checks and one readable message."""
+    """The dataclass from `node`, with strict checks and one readable message."""
     try:
-        return _adapter(cls).validate_python({k: _frozen(v) for k, v in node.items()}, strict=True)
+        model = _model(cls).model_validate({k: _frozen(v) for k, v in node.items()})
     except pydantic.ValidationError as error:
         raise ConfigError("; ".join(_explain(group, e) for e in error.errors())) from None
+    return cls(**{name: getattr(model, name) for name in type(model).model_fields})
 
 
 def _explain(group: str, error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"] if isinstance(part, str) and part.isidentifier())
     name = ".".join(part for part in (group, path) if part)
     return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _required(f: dataclasses.Field[Any]) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:
