@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
 
 
 def run_cell(
-    spec: CellSpec, bank: Bank, compute: Compute, cache: dict[str, Any] | None = None, keep: str = "none"
+    spec: CellSpec, bank: Bank, compute: Compute, cache: dict[Any, Any] | None = None, keep: str = "none"
 ) -> Outcome:
     """Run one cell on its bank: a pure function of the two; raises Diverged, DesignError.
 

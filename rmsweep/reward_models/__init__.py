@@ -35,7 +35,7 @@ class TrainingData:
     protocol: FitProtocol
     streams: Streams
     compute: Compute
-    cache: dict[str, Any]
+    cache: dict[Any, Any]
 
 
 class FittedModel(Protocol):

@@ -12,7 +12,7 @@ from rmsweep.rng import Streams
 
 
 def train(
-    spec: CellSpec, bank: Bank, preferences: Preferences, chance: Streams, compute: Compute, cache: dict[str, Any]
+    spec: CellSpec, bank: Bank, preferences: Preferences, chance: Streams, compute: Compute, cache: dict[Any, Any]
 ) -> FittedModel:
     """Fit the cell's reward model on its preferences under its protocol; raises Diverged."""
     return spec.reward_model.fit(

@@ -1,0 +1,83 @@
+"""The protocol done right: split by prompt, each comparison once, best weights restored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from rmsweep.bank import Ints, Split
+from rmsweep.component import component
+from rmsweep.preferences import Preferences
+from rmsweep.protocols import Schedule, SplitExamples, pairwise, pointwise
+
+
+@component("protocol", version=1)
+@dataclass(frozen=True)
+class Clean:
+    """Validation prompts are set aside, no response stands on both sides, the best epoch's weights are kept.
+
+    A comparison follows its prompt a: all comparisons of training prompts train. One of a validation prompt validates
+    if its b belongs to a validation prompt too and neither response occurs in training; the others (cross-prompt
+    comparisons that straddle the split) are left out. Where that leaves fewer than `min_validation`, comparisons whose
+    b belongs to a training prompt are admitted, still without a response that occurs in training.
+    """
+
+    prompt_order: ClassVar[Literal["shuffled"]] = "shuffled"
+
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    min_validation: Annotated[int, Field(ge=1)] = 10
+    batch_comparisons: Annotated[int, Field(ge=1)] = 256
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_epochs: Annotated[int, Field(ge=1)] = 30
+    patience: Annotated[int, Field(ge=1)] = 3
+
+    def split(
+        self, split: Split, preferences: Preferences, pointwise_rows: bool, rng: np.random.Generator
+    ) -> SplitExamples:
+        """Training and validation examples; `rng`: stream "split"."""
+        train, validation = self.sides(split, preferences, rng)
+        examples = (pointwise if pointwise_rows else pairwise)(split, preferences)
+        return SplitExamples(
+            examples.take(np.flatnonzero(train[examples.comparison])),
+            examples.take(np.flatnonzero(validation[examples.comparison])),
+        )
+
+    def sides(
+        self, split: Split, preferences: Preferences, rng: np.random.Generator
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which comparisons train and which validate, bool [C] each; some may do neither."""
+        pairs = preferences.comparisons
+        held_out = self._held_out(pairs.prompt_a, rng.random(split.n_prompts))
+        train = ~held_out[pairs.prompt_a]
+        rows_a, rows_b = pairs.rows_a(split), pairs.rows_b(split)
+        seen = np.zeros(split.golden.size, dtype=bool)
+        seen[rows_a[train]] = seen[rows_b[train]] = True
+        unseen = ~train & ~seen[rows_a] & ~seen[rows_b]
+        validation = unseen & held_out[pairs.prompt_b]
+        return train, validation if validation.sum() >= self.min_validation else unseen
+
+    def _held_out(self, prompt_a: Ints, key: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """The validation_fraction of the prompts in use with the smallest keys [P], at least one but never all."""
+        used = np.unique(prompt_a)
+        n = min(max(1, round(self.validation_fraction * len(used))), len(used) - 1)
+        held_out = np.zeros(len(key), dtype=bool)
+        held_out[used[np.argsort(key[used])[:n]]] = True
+        return held_out
+
+    def schedule(self, n_train: int, pointwise_rows: bool) -> Schedule:
+        """Equal numbers of steps for pairs and rows: a batch holds the same number of comparisons."""
+        return Schedule(
+            learning_rate=self.learning_rate,
+            batch=self.batch_comparisons * (2 if pointwise_rows else 1),
+            max_epochs=self.max_epochs,
+            patience=self.patience,
+            epoch="pass",
+            stop="best",
+            restore_best=True,
+            weight_decay=self.weight_decay,
+        )
