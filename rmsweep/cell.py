@@ -19,7 +19,7 @@ from rmsweep.pairings import Pairing
 from rmsweep.protocols import FitProtocol
 from rmsweep.reward_models import Compute, RewardModel
 from rmsweep.size import Size
-from rmsweep.stages import VERSIONS
+from rmsweep.versions import STAGES
 
 GROUPS = (
     "base_llm", "dataset", "embedder", "candidates", "pairing", "annotator", "reward_model", "protocol",
@@ -124,7 +124,7 @@ def bank_config(spec: CellSpec, inputs: Mapping[str, str]) -> dict[str, Any]:
 
 def bank_id(spec: CellSpec, inputs: Mapping[str, str]) -> str:
     """Key of the bank in the store: its config, its inputs, the version of the stage that makes it."""
-    return digest({"bank": bank_config(spec, inputs), "version": VERSIONS["generate"]})
+    return digest({"bank": bank_config(spec, inputs), "version": STAGES["generate"]})
 
 
 def cell_id(spec: CellSpec, inputs: Mapping[str, str]) -> str:
@@ -143,7 +143,7 @@ def cell_id(spec: CellSpec, inputs: Mapping[str, str]) -> str:
 
 def fingerprint(cell: str, compute: Compute) -> str:
     """Key of a cell's result: cell_id, the versions of all stages, device class and precision."""
-    return digest({"cell": cell, "versions": VERSIONS, "device": compute.device, "precision": compute.precision})
+    return digest({"cell": cell, "versions": STAGES, "device": compute.device, "precision": compute.precision})
 
 
 def why_skipped(spec: CellSpec, shape: BankShape, base_llm: str) -> str | None:

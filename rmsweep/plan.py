@@ -1,19 +1,450 @@
-"""Cells -> plan: which cells a sweep has, their identities, and why some are skipped."""
+"""Cells -> plan: which cells a sweep has, their identities, why some are skipped; and the plan's files."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from rmsweep.cell import PlannedCell
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rmsweep.cell import (
+    GROUPS,
+    CellSpec,
+    PlannedCell,
+    bank_id,
+    build_cell,
+    cell_id,
+    fingerprint,
+    why_skipped,
+)
+from rmsweep.datasets import BankShape
+from rmsweep.errors import ConfigError, DataError, DesignError, StoreError
+from rmsweep.fingerprint import canonical_json, digest, file_sha256
+from rmsweep.grid import VALUES, Grid, GridCell, Sweep, derived_name
+from rmsweep.presets import Presets
 from rmsweep.reward_models import Compute
+from rmsweep.schemas import AXES, F
+
+FORMAT = 1
+KEEP = ("none", "scores", "models")
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32")
+CONFIG_KEYS = (*GROUPS, "size", *VALUES, "error_rate", "evaluate")
+NO_BANK = BankShape(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), False)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep, resolved: its name, every cell in grid order, and what was resolved once for all of them."""
+    """A sweep, resolved: its name, every cell in grid order, and what was resolved once for all of them.
+
+    bank_bytes: bank_id -> size of the bank on disk, an estimate where the data leave it open. kept_bytes: what `keep`
+    adds. unknown: why identities are missing (the data are not here), None when they are known.
+    """
 
     name: str
     cells: list[PlannedCell]
     compute: Compute
     keep: str = "none"
     plugins: tuple[str, ...] = ()
+    bank_bytes: Mapping[str, int] = field(default_factory=dict, compare=False)
+    kept_bytes: int = field(default=0, compare=False)
+    unknown: str | None = field(default=None, compare=False)
+
+    def write(self, folder: Path) -> None:
+        """Write plan.parquet and plan.json into `folder`; a plan that is there becomes the union of both.
+
+        Raises ConfigError when the plan there was resolved to another device or precision, or with other plug-ins.
+        """
+        merged = _union(Plan.read(folder), self, folder) if (folder / "plan.json").exists() else self
+        header = {
+            "format": FORMAT,
+            "name": merged.name,
+            "compute": merged.compute._asdict(),
+            "keep": merged.keep,
+            "plugins": {str(path): file_sha256(Path(path)) for path in merged.plugins},
+        }
+        sink = pa.BufferOutputStream()
+        pq.write_table(_table(merged.cells), sink, compression="zstd", compression_level=9, write_page_checksum=True)
+        publish(folder / "plan.parquet", sink.getvalue().to_pybytes())
+        publish(folder / "plan.json", (json.dumps(header, indent=1, sort_keys=True) + "\n").encode())
+
+    @staticmethod
+    def read(folder: Path) -> Plan:
+        """The plan in `folder`; raises StoreError when there is none or it cannot be read."""
+        header = read_header(folder)
+        try:
+            table = pq.read_table(folder / "plan.parquet", page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{folder / 'plan.parquet'}: cannot be read ({error})") from None
+        return Plan(
+            name=header["name"],
+            cells=_cells(table),
+            compute=Compute(**header["compute"]),
+            keep=header["keep"],
+            plugins=tuple(header["plugins"]),
+        )
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """plan.json of a sweep's folder: name, compute, keep and the sha256 of every plug-in."""
+    try:
+        header: dict[str, Any] = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreError(f"{folder}: holds no plan (plan.json); plan the sweep with `rmsweep run`") from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{folder / 'plan.json'}: cannot be read ({error})") from None
+    if header.get("format") != FORMAT:
+        raise StoreError(f"{folder / 'plan.json'}: format {header.get('format')}, this version reads {FORMAT}")
+    return header
+
+
+def make(
+    sweep: Sweep,
+    presets: Presets,
+    *,
+    compute: Compute = Compute(),  # noqa: B008  an immutable tuple
+    keep: str = "none",
+    plugins: Sequence[str] = (),
+    need_data: bool = True,
+) -> Plan:
+    """The plan of `sweep`: every cell composed, checked and identified; nothing is computed or written.
+
+    Raises ConfigError for values impossible in every cell, DesignError when no cell can run, and DataError when the
+    data are missing or unsound; with `need_data=False` missing data only leave the identities empty.
+    """
+    if keep not in KEEP:
+        raise ConfigError(f"keep={keep}: allowed are {', '.join(KEEP)}")
+    planner = _Planner(compute, need_data, keep)
+    points, cells = [], []
+    for point in Grid(sweep, presets).cells():
+        points.append(point)
+        cells.append(planner.plan(point))
+    _refuse_impossible(sweep, points, planner.errors)
+    _refuse_unrunnable(cells)
+    name = sweep.name or derived_name(sweep, [file_sha256(Path(p)) for p in plugins])
+    return Plan(
+        name=name,
+        cells=_unique(cells),
+        compute=compute,
+        keep=keep,
+        plugins=tuple(str(p) for p in plugins),
+        bank_bytes=planner.bank_bytes,
+        kept_bytes=planner.kept_bytes,
+        unknown=planner.unknown,
+    )
+
+
+class _Source(NamedTuple):
+    """What is known of a bank's data: sha256 by input name, and its shape (None where the data are not here)."""
+
+    inputs: dict[str, str] | None
+    shape: BankShape | None
+
+
+class _Planner:
+    """Composes, checks and identifies cells; whatever cells share is done once."""
+
+    def __init__(self, compute: Compute, need_data: bool, keep: str) -> None:
+        self.compute, self.need_data, self.keep = compute, need_data, keep
+        self.errors: dict[int, ConfigError] = {}  # position in the grid -> why the config is not sound
+        self.bank_bytes: dict[str, int] = {}
+        self.kept_bytes = 0
+        self.unknown: str | None = None
+        self._position = -1
+        self._cache: dict[Any, Any] = {}
+
+    def plan(self, point: GridCell) -> PlannedCell:
+        """The planned cell at one point of the grid."""
+        self._position += 1
+        try:
+            if point.error is not None:
+                raise point.error
+            spec = self._spec(point)
+        except ConfigError as error:
+            self.errors[self._position] = error
+            labels = _labels(point, None)
+            return PlannedCell(digest({"unsound": labels}), "", "", labels, point.config, point.reason or str(error))
+        labels, llm = _labels(point, spec), point.choices["base_llm"]
+        reason = point.reason
+        if llm not in spec.dataset.base_llms:
+            reason = reason or why_skipped(spec, NO_BANK, llm)
+        if reason is not None:  # known without the data, so it must not need them
+            return PlannedCell(cell_id(spec, {}), "", "", labels, point.config, reason)
+        return self._identified(point, spec, labels)
+
+    def _identified(self, point: GridCell, spec: CellSpec, labels: dict[str, Any]) -> PlannedCell:
+        llm = point.choices["base_llm"]
+        source_key = _key(point, "dataset", "base_llm", "embedder", "size")
+        inputs, shape = self._once(("source", source_key), lambda: self._source(spec))
+        if inputs is None or shape is None:
+            return PlannedCell("", "", "", labels, point.config)
+        values = spec.values
+        reason = self._once(
+            ("skip", source_key, _key(point, "candidates", "pairing", "reward_model"), values.n_annotations,
+             values.pairs_per_prompt),
+            lambda: why_skipped(spec, shape, llm),
+        )  # fmt: skip
+        bank = self._once(("bank", source_key), lambda: bank_id(spec, inputs))
+        if reason is None:
+            self.bank_bytes.setdefault(bank, bank_bytes(spec, shape))
+            self.kept_bytes += kept_bytes(spec, shape, self.keep)
+        cell = cell_id(spec, inputs)
+        return PlannedCell(cell, fingerprint(cell, self.compute), bank, labels, point.config, reason)
+
+    def _spec(self, point: GridCell) -> CellSpec:
+        """build_cell(point.config); components and values that an earlier cell had are not checked again."""
+        group_key = ("groups", _key(point, *GROUPS, "size"))
+        value_key = ("values", _key(point, "values", "error_rate", "evaluate"))
+        known, values = self._cache.get(group_key), self._cache.get(value_key)
+        if known is None or values is None:
+            spec = build_cell(point.config)
+            self._cache.setdefault(group_key, spec)
+            self._cache.setdefault(
+                value_key, {"values": spec.values, "error_rate": spec.error_rate, "evaluate": spec.evaluate}
+            )
+            return spec
+        return dataclasses.replace(known, **values)
+
+    def _source(self, spec: CellSpec) -> _Source:
+        """Digest and check the data of one bank; missing files are an error only where they are needed."""
+        try:
+            files = spec.dataset.inputs(spec.base_llm, spec.embedder)
+            digests = {name: self._sha256(Path(path)) for name, path in files.items()}
+            return _Source(digests, spec.dataset.shape(spec.base_llm, spec.size, spec.embedder))
+        except FileNotFoundError as error:
+            problem = DataError(f"{error.filename}: no such file")
+        except DataError as error:
+            problem = error
+        if self.need_data:
+            raise problem
+        self.unknown = self.unknown or str(problem)
+        return _Source(None, None)
+
+    def _sha256(self, path: Path) -> str:
+        state = path.stat()
+        key = ("sha256", str(path.resolve()), state.st_size, state.st_mtime_ns)
+        return str(self._once(key, lambda: file_sha256(path)))
+
+    def _once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
+
+
+def _key(point: GridCell, *names: str) -> tuple[Any, ...]:
+    return tuple(point.parts[name] for name in names)
+
+
+def _labels(point: GridCell, spec: CellSpec | None) -> dict[str, Any]:
+    """Columns of a cell: every axis, and whatever else the sweep sets or varies; resolved where `spec` is known."""
+    labels: dict[str, Any] = {}
+    values = {k: point.config.get(k, point.varied.get(k)) for k in VALUES}
+    rate = spec.error_rate.value if spec else point.varied.get("error_rate.value")
+    for column in AXES:
+        name = column.name
+        value = rate if name == "error_rate" else point.choices.get(name, values.get(name))
+        labels[name] = _typed(value, column.type == F) if name in VALUES or name == "error_rate" else value
+    if rate is not None:
+        labels["beta"] = None  # what error_rate is solved for: known once the cell has run
+    if spec is not None:
+        labels["embedder"] = spec.embedder.kind if labels["embedder"] == "auto" else labels["embedder"]
+        labels["size"] = labels["size"] if spec.dataset.uses_size else None
+    for key, value in sorted(point.varied.items()):
+        if key not in labels and key != "error_rate.value":
+            labels[key] = canonical_json(value) if isinstance(value, list | dict) else value
+    return labels
+
+
+def _typed(value: Any, real: bool) -> Any:
+    """A number of the column's type; None for what is none (the cell is then not sound and says so)."""
+    try:
+        return None if value is None or isinstance(value, bool) else float(value) if real else int(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def _refuse_impossible(sweep: Sweep, points: Sequence[GridCell], errors: Mapping[int, ConfigError]) -> None:
+    """A value that no cell can take is bad input, not a reason to skip."""
+    live = [i for i, point in enumerate(points) if point.reason is None]
+    if errors and all(i in errors for i in live):
+        raise errors[next((i for i in live), min(errors))]
+    axes = [*sweep.axes, *(k for pair in sweep.paired for k in pair)]
+    for key in axes if errors else []:
+        sound = {repr(points[i].varied[key]) for i in live if i not in errors}
+        for i in live:
+            if i in errors and repr(points[i].varied[key]) not in sound and not _is_choice(key):
+                raise errors[i]
+
+
+def _is_choice(key: str) -> bool:
+    return key in (*GROUPS, "size")
+
+
+def _refuse_unrunnable(cells: Sequence[PlannedCell]) -> None:
+    """A single cell that cannot run, or a grid in which none can, is bad input."""
+    if not cells:
+        raise DesignError("this sweep has no cells; give at least one value to every axis")
+    if any(cell.reason is None for cell in cells):
+        return
+    reasons = Counter(str(cell.reason) for cell in cells).most_common(5)
+    if len(cells) == 1:
+        raise DesignError(reasons[0][0])
+    lines = "".join(f"\n  {count} cells: {reason}" for reason, count in reasons)
+    raise DesignError(f"none of the {len(cells)} cells can run:{lines}")
+
+
+def _unique(cells: Iterable[PlannedCell]) -> list[PlannedCell]:
+    """Cells with equal identity and equal labels are one row; equal identity alone stays two rows, computed once."""
+    return list({(c.cell_id, canonical_json(c.labels)): c for c in cells}.values())
+
+
+# -- compute ------------------------------------------------------------------------------------------------------------
+
+
+def resolve_compute(device: str, precision: str, pinned: Compute | None = None) -> Compute:
+    """Device and precision of a whole sweep; `auto` takes what its existing plan has `pinned`, else a GPU if any."""
+    if device not in DEVICES:
+        raise ConfigError(f"device={device}: allowed are {', '.join(DEVICES)}")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision}: allowed are {', '.join(PRECISIONS)}")
+    if device == "auto":
+        device = pinned.device if pinned else ("cuda" if has_cuda() else "cpu")
+    if device == "cuda" and not has_cuda():
+        raise ConfigError("device=cuda but this machine shows no NVIDIA GPU (nvidia-smi -L); allowed here: cpu")
+    return Compute(device, "fp32")
+
+
+def has_cuda() -> bool:
+    """Whether an NVIDIA GPU is visible; asks nvidia-smi, so that no process holds a CUDA context for it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return False
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
+# -- disk ---------------------------------------------------------------------------------------------------------------
+
+
+def bank_bytes(spec: CellSpec, shape: BankShape) -> int:
+    """Bytes of the bank on disk: embeddings 4 D per response (float32) where the bank is ours, plus rewards."""
+    responses = int(shape.count_train.sum()) + int(shape.count_test.sum())
+    dim = spec.size.D if spec.dataset.uses_size else int(getattr(spec.embedder, "dim", 0) or 0)
+    return responses * 4 * (dim + 1)
+
+
+def kept_bytes(spec: CellSpec, shape: BankShape, keep: str) -> int:
+    """Bytes that `keep` adds for one cell: float32 scores [Q, M], or the weights of an MLP."""
+    if keep == "scores":
+        return int(shape.count_test.sum()) * 4
+    hidden = getattr(spec.reward_model, "hidden", None)
+    if keep == "models" and hidden:
+        dims = [spec.size.D if spec.dataset.uses_size else int(getattr(spec.embedder, "dim", 0) or 0), *hidden, 1]
+        return 4 * sum((a + 1) * b for a, b in zip(dims[:-1], dims[1:], strict=True))
+    return 0
+
+
+# -- files --------------------------------------------------------------------------------------------------------------
+
+
+def _union(old: Plan, new: Plan, folder: Path) -> Plan:
+    """Both plans' cells, the old ones first; what was pinned must agree."""
+    if old.compute != new.compute:
+        raise ConfigError(
+            f"sweep {old.name} is pinned to {_spelled(old.compute)}, not {_spelled(new.compute)}; "
+            f"give {_spelled(old.compute)}, or another sweep.name=NAME"
+        )
+    pinned = read_header(folder)["plugins"]
+    for path in new.plugins:
+        if path in pinned and file_sha256(Path(path)) != pinned[path]:
+            raise ConfigError(f"sweep {old.name} was planned with another {path}; give another sweep.name=NAME")
+    cells = {(c.cell_id, canonical_json(c.labels)): c for c in old.cells}
+    cells.update({(c.cell_id, canonical_json(c.labels)): c for c in new.cells})
+    plugins = tuple(dict.fromkeys((*old.plugins, *new.plugins)))
+    return dataclasses.replace(new, name=old.name, cells=list(cells.values()), plugins=plugins)
+
+
+def _spelled(compute: Compute) -> str:
+    return f"device={compute.device} precision={compute.precision}"
+
+
+def _table(cells: Sequence[PlannedCell]) -> pa.Table:
+    """One row per cell. Labels are JSON; the config is one JSON column per key, few distinct texts each."""
+    texts: dict[int, str] = {}  # id of a node -> text: nodes are shared between cells
+
+    def text(value: Any) -> str:
+        if not isinstance(value, dict | list):
+            return canonical_json(value)
+        if id(value) not in texts:
+            texts[id(value)] = canonical_json(value)
+        return texts[id(value)]
+
+    columns: dict[str, list[Any]] = {
+        "cell_id": [c.cell_id for c in cells],
+        "fingerprint": [c.fingerprint for c in cells],
+        "bank_id": [c.bank_id for c in cells],
+        "reason": [c.reason for c in cells],
+        "labels": [canonical_json(c.labels) for c in cells],
+    }
+    for key in CONFIG_KEYS:
+        columns[f"config.{key}"] = [text(c.config[key]) if key in c.config else None for c in cells]
+    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+
+def _cells(table: pa.Table) -> list[PlannedCell]:
+    columns = table.to_pydict()
+    parsed: dict[str, Any] = {}
+
+    def value(text: str) -> Any:
+        if text not in parsed:
+            parsed[text] = json.loads(text)
+        return parsed[text]
+
+    result = []
+    for i, label_text in enumerate(columns["labels"]):
+        config = {k: value(t) for k in CONFIG_KEYS if (t := columns[f"config.{k}"][i]) is not None}
+        ids = (columns[name][i] for name in ("cell_id", "fingerprint", "bank_id"))
+        result.append(PlannedCell(*ids, _ordered(json.loads(label_text)), config, columns["reason"][i]))
+    return result
+
+
+def _ordered(labels: dict[str, Any]) -> dict[str, Any]:
+    """Labels in the order of `_labels`, numbers as numbers ("inf" is how JSON spells infinity)."""
+    axes = {c.name: _typed(labels[c.name], True) if c.type == F else labels[c.name] for c in AXES}
+    return {**axes, **{k: labels[k] for k in sorted(labels) if k not in axes}}
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the new one, even after a power cut."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,13 @@ def conf_dir() -> Path:
 
 
 class Presets:
-    """All options of the shipped conf/ and of the user's own folders (later folders win)."""
+    """All options of the shipped conf/, of the user's own folders (later ones win), and `extra`: group -> option -> node."""
 
-    def __init__(self, folders: Iterable[Path] = ()) -> None:
+    def __init__(
+        self, folders: Iterable[Path] = (), extra: Mapping[str, Mapping[str, dict[str, Any]]] | None = None
+    ) -> None:
         self.folders = [conf_dir(), *folders]
+        self.extra = extra or {}
         for folder in self.folders:
             if not folder.is_dir():
                 raise ConfigError(f"config folder {folder} does not exist; --config-dir takes a folder like conf/")
@@ -68,7 +71,7 @@ class Presets:
 
     def options(self, group: str) -> list[str]:
         """Names of the options of `group`, such as `bt_mlp` or `paper/quality`."""
-        return sorted(self._files(group))
+        return sorted({*self._files(group), *self.extra.get(group, ())})
 
     def node(self, group: str, option: str) -> dict[str, Any]:
         """The plain data of one option, completed with its component's defaults (a fresh copy)."""
@@ -97,9 +100,11 @@ class Presets:
 
     @functools.lru_cache(maxsize=None)  # noqa: B019  one Presets lives as long as its process
     def _node(self, group: str, option: str) -> dict[str, Any]:
+        if option in self.extra.get(group, ()):
+            return complete(group, self.extra[group][option])
         files = self._files(group)
         if not OPTION.fullmatch(str(option)) or option not in files:
-            raise unknown(f"{group} option", option, files)
+            raise unknown(f"{group} option", option, self.options(group))
         node = read_yaml(files[option])
         if group in PLAIN_GROUPS:
             return node

@@ -1,0 +1,124 @@
+"""Rows of a Parquet or JSON-lines file as plain Python values, a batch at a time and only the columns asked for."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rmsweep.datasets._checks import Problems
+from rmsweep.errors import DataError
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+SUFFIXES = (".parquet", *JSON_SUFFIXES)
+LOOK_AHEAD = 1000  # lines of a JSON file whose keys are its columns
+
+
+class Batch(NamedTuple):
+    """Some rows: data row numbers from 0, and per column one value each (None: missing, arrays for lists)."""
+
+    rows: Sequence[int]
+    columns: dict[str, Sequence[Any]]
+
+
+def column_names(path: Path) -> list[str]:
+    """Names of a file's columns; raises DataError for a file that is missing, empty, unreadable or of another kind."""
+    if not path.is_file():
+        raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; dataset.path=FILE")
+    if path.suffix.lower() not in SUFFIXES:
+        raise DataError(f"{path}: suffix {path.suffix!r} is not known; allowed: {', '.join(SUFFIXES)} (JSON: one per line)")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty")
+    if path.suffix.lower() == ".parquet":
+        return list(_open(path).schema_arrow.names)
+    lines = itertools.islice(_json_lines(path, Problems(path)), LOOK_AHEAD)
+    return list(dict.fromkeys(key for _, line in lines for key in line))
+
+
+def batches(path: Path, columns: Sequence[str], problems: Problems, size: int = 2048) -> Iterator[Batch]:
+    """The rows of a file in order; a broken line of JSON is added to `problems` and left out."""
+    columns = list(dict.fromkeys(columns))
+    if path.suffix.lower() == ".parquet":
+        yield from _parquet(path, columns, size)
+        return
+    lines = _json_lines(path, problems)
+    while block := list(itertools.islice(lines, size)):
+        yield Batch([row for row, _ in block], {c: [line.get(c) for _, line in block] for c in columns})
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error})") from None
+
+
+def _parquet(path: Path, columns: list[str], size: int) -> Iterator[Batch]:
+    start = 0
+    try:
+        for batch in _open(path).iter_batches(batch_size=size, columns=columns):
+            rows = range(start, start + batch.num_rows)
+            start = rows.stop
+            yield Batch(rows, {c: _values(batch.column(batch.schema.get_field_index(c))) for c in columns})
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: unreadable at or after data row {start} ({error})") from None
+
+
+def _values(array: pa.Array) -> Sequence[Any]:
+    """Python values of one Arrow column; lists of numbers as numpy views, text that is no UTF-8 as bytes."""
+    kind = array.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return _lists(array)
+    try:
+        return array.to_pylist()
+    except UnicodeDecodeError:
+        return [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
+
+
+def _lists(array: pa.Array) -> Sequence[Any]:
+    if not (pa.types.is_floating(array.type.value_type) or pa.types.is_integer(array.type.value_type)):
+        return array.to_pylist()
+    flat = array.flatten().to_numpy(zero_copy_only=False)
+    ends = np.cumsum(pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False))
+    vectors = np.split(flat, ends[:-1]) if len(ends) else []
+    return [vector if valid else None for vector, valid in zip(vectors, array.is_valid().to_pylist(), strict=True)]
+
+
+def _decoded(value: bytes | None) -> str | bytes | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _json_lines(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(data row, object) of every line; blank lines do not count as rows."""
+    row = -1
+    with open(path, "rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            row += 1
+            value = _json_object(line, f"row {row} (line {number})", problems)
+            if value is not None:
+                yield row, value
+
+
+def _json_object(line: bytes, where: str, problems: Problems) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        problems.add(f"{where}: no valid JSON ({error}); allowed: one JSON object per line, in UTF-8")
+        return None
+    if not isinstance(value, dict):
+        kind = "array" if isinstance(value, list) else type(value).__name__
+        problems.add(f"{where}: a JSON {kind}; allowed: one JSON object per line")
+        return None
+    return value

@@ -1,0 +1,172 @@
+"""The same functions without command line or files, for a notebook: bank -> annotate -> fit -> score -> best_of_n."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rmsweep import component
+from rmsweep.bank import Bank, Split
+from rmsweep.cell import GROUPS, CellSpec, build_cell
+from rmsweep.errors import ConfigError
+from rmsweep.preferences import Preferences
+from rmsweep.presets import Presets
+from rmsweep.reward_models import Compute, FittedModel
+from rmsweep.rng import streams
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from rmsweep.objectives._function import LossFunction
+
+VALUES = ("beta", "error_rate", "n_annotations", "pairs_per_prompt", "seed")
+
+
+def annotate(
+    bank: Bank,
+    n_annotations: int | None = None,
+    *,
+    beta: float = 1.0,
+    error_rate: float | None = None,
+    candidates: str | dict[str, Any] = "random",
+    pairing: str | dict[str, Any] = "same_prompt",
+    annotator: str | dict[str, Any] = "bradley_terry",
+    pairs_per_prompt: int = 1,
+    reward_scale: float | str = 1.0,
+    protocol: str | dict[str, Any] = "clean",
+    seed: int = 0,
+) -> Preferences:
+    """Preferences of a simulated annotator over the bank's training responses.
+
+    n_annotations: null for 10,000 or what the bank can give. beta: annotation quality, inf for none wrong;
+    error_rate: solved for beta instead. reward_scale: the unit of golden differences, a number, "sd" or
+    "within_prompt_sd". candidates, pairing, annotator, protocol: an option of conf/ or a node with `kind`.
+    """
+    from rmsweep.stages import annotate as stage
+
+    spec = _spec(
+        candidates=candidates, pairing=pairing, annotator=annotator, protocol=protocol, reward_scale=reward_scale,
+        beta=beta, error_rate={"value": error_rate}, n_annotations=n_annotations, pairs_per_prompt=pairs_per_prompt,
+        seed=seed,
+    )  # fmt: skip
+    return stage.annotate(spec, bank, streams(seed), {})
+
+
+def fit(
+    bank: Bank,
+    preferences: Preferences,
+    reward_model: str | dict[str, Any] = "bt_mlp",
+    *,
+    objective: LossFunction | None = None,
+    protocol: str | dict[str, Any] = "clean",
+    seed: int = 0,
+    device: str = "cpu",
+    **fields: Any,
+) -> FittedModel:
+    """Train a reward model on preferences.
+
+    reward_model: an option of conf/reward_model or a node with `kind`; `fields` change its fields (hidden=[64, 32]).
+    objective: your own loss function(reward_a, reward_b, preference) -> loss [C] in place of the model's.
+    """
+    from rmsweep.stages.train import train
+
+    node = {**_node("reward_model", reward_model), **fields}
+    if objective is not None:
+        node["objective"] = _register("notebook_objective", objective)
+    spec = _spec(reward_model=node, protocol=protocol, seed=seed)
+    return train(spec, bank, preferences, streams(seed), Compute(device=device), {})
+
+
+def score(model: FittedModel, embedding: ArrayLike | Split) -> NDArray[np.float32]:
+    """Proxy rewards [P, N] of a split, or of embeddings [P, N, D] (or [R, D], giving [R])."""
+    if isinstance(embedding, Split):
+        return model.score(embedding)
+    array = np.asarray(embedding, dtype=np.float32)
+    block = array if array.ndim == 3 else array[None]
+    split = Split(np.zeros(block.shape[:2], np.float32), block, [str(i) for i in range(len(block))])
+    scores = model.score(split)
+    return scores if array.ndim == 3 else scores[0]
+
+
+def best_of_n(scores: ArrayLike, golden: ArrayLike) -> NDArray[np.float64]:
+    """Expected golden reward of the best of N by score, for N = 1..M, exact over subsets: [M].
+
+    scores, golden: [Q, M]; NaN golden pads prompts with fewer responses.
+    """
+    from rmsweep.metrics.best_of_n import best_of_n as curve
+
+    return curve(np.asarray(scores), np.asarray(golden))
+
+
+def sweep(
+    axes: Mapping[str, Iterable[Any]],
+    *,
+    objectives: Mapping[str, LossFunction] | None = None,
+    bank: Bank | None = None,
+    set: Mapping[str, Any] | None = None,  # noqa: A002  the word of conf/sweep
+    name: str | None = None,
+    root: str | Path = "outputs",
+    workers: int | None = None,
+    config_dirs: Iterable[str | Path] = (),
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Run the grid of `axes` (key -> values, as on the command line) and return its results table.
+
+    objectives: name -> your own loss; each becomes a reward model of that name (an MLP), joined to the axis
+    `reward_model` when the axes have none. bank: your own bank in place of a dataset. Functions cannot be sent to
+    worker processes by name, so a sweep with `objectives` runs in this process.
+    """
+    from rmsweep import execute, results
+    from rmsweep.engines.local import Local
+    from rmsweep.grid import Grid, describe
+    from rmsweep.plan import make_plan
+
+    axes = {key: list(values) for key, values in axes.items()}
+    own = {name: {"kind": "mlp", "objective": _register(name, loss)} for name, loss in (objectives or {}).items()}
+    if own and "reward_model" not in axes:
+        axes["reward_model"] = ["bt_mlp", "clf_mlp", *own]
+    presets = Presets([Path(folder) for folder in config_dirs], extra={"reward_model": own})
+    departures = dict(set or {})
+    with tempfile.TemporaryDirectory() as folder:
+        if bank is not None:
+            bank.write(Path(folder))
+            departures = {"dataset": "folder", "dataset.path": folder, **departures}
+        grid = Grid(describe({"name": name, "set": departures, "axes": axes}), presets)
+        plan = make_plan(grid, Path(root))
+        engine = Local(workers=0 if own else workers)
+        summary = execute.run(plan, Path(root), engine, progress=progress)
+    return results.load(summary.results)
+
+
+def load(path: str | Path = "outputs") -> pd.DataFrame:
+    """The results table of a results.parquet, a sweep's folder, or the last sweep under a root."""
+    from rmsweep import results
+
+    return results.load(Path(path))
+
+
+def _register(name: str, loss: LossFunction) -> str:
+    from rmsweep.objectives._function import objective_from_function
+
+    if not component.KIND.fullmatch(name):
+        raise ConfigError(f"objective {name!r}: a name has lower-case letters, digits and _ only")
+    objective_from_function(name, loss)
+    return name
+
+
+def _node(group: str, option: str | dict[str, Any]) -> dict[str, Any]:
+    return dict(option) if isinstance(option, dict) else Presets().node(group, option)
+
+
+def _spec(reward_scale: float | str = 1.0, **changes: Any) -> CellSpec:
+    """The baseline cell with changes, over a bank in memory."""
+    presets = Presets()
+    config: dict[str, Any] = {g: _node(g, changes.pop(g, presets.baseline_choices[g])) for g in GROUPS}
+    config["dataset"] = {"kind": "folder", "reward_scale": reward_scale}
+    config["size"] = presets.node("size", presets.baseline_choices["size"])
+    return build_cell({**config, **changes})
