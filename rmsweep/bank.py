@@ -180,6 +180,26 @@ def write_notes(folder: Path, *, seed: int, **notes: Any) -> None:
     (folder / "bank.json").write_text(json.dumps({"seed": seed, **notes}, indent=1, sort_keys=True))
 
 
+class NpyWriter:
+    """A .npy file written front to back in blocks of rows: memory stays at one block, whatever the shape."""
+
+    def __init__(self, path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115  closed by __exit__
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        self._dtype = np.dtype(dtype)
+
+    def append(self, block: NDArray[Any]) -> None:
+        """Write the next rows."""
+        self._file.write(np.ascontiguousarray(block, dtype=self._dtype).data)
+
+    def __enter__(self) -> NpyWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
 def write_reference(folder: Path, name: str, path: Path, layout: str) -> None:
     """Write reference_{name}.json: the embeddings stay in `path`, axes in `layout` ("PND" or "NPD")."""
     (folder / f"reference_{name}.json").write_text(json.dumps({"path": str(path), "layout": layout}))

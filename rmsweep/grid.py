@@ -64,13 +64,15 @@ class GridCell(NamedTuple):
     """One point of the grid.
 
     choices: group -> option. config: what build_cell takes; its nodes are shared between cells, treat them as read-only.
-    parts: hashable key of every node, equal for equal nodes. varied: value of every key that the sweep sets or varies.
+    parts: hashable key of every node, equal for equal nodes. settings: departures from the baseline that apply here.
+    varied: value of every key that the sweep sets or varies, also where its condition leaves it at the default.
     reason: why it is excluded. error: why its config cannot be composed (a key that this cell's choice does not have).
     """
 
     choices: dict[str, str]
     config: dict[str, Any]
     parts: dict[str, Any]
+    settings: dict[str, Any]
     varied: dict[str, Any]
     reason: str | None = None
     error: ConfigError | None = None
@@ -253,7 +255,7 @@ class Grid:
         rule = next((r for r in self.sweep.exclude if self._matches(r, point)), None)
         reason = rule and "excluded by sweep.exclude: " + ", ".join(f"{k}={v}" for k, v in rule.items())
         varied = {key: None if value is ABSENT else value for key, value in varied.items()}
-        return GridCell(choices, {} if error else config, parts, varied, reason, error)
+        return GridCell(choices, {} if error else config, parts, merged, varied, reason, error)
 
     def _choices(self, merged: Mapping[str, Any]) -> dict[str, str]:
         """Group -> option; a base LLM that nobody asked for follows the dataset."""
@@ -317,12 +319,13 @@ class Grid:
         """Refuse unknown keys and options before any cell is made."""
         pairs = {k: v for pair in self.sweep.paired for k, v in pair.items()}
         for key, values in {**{k: [v] for k, v in self.sweep.set.items()}, **self.sweep.axes, **pairs}.items():
-            self._check(key, [] if isinstance(values, str) else values)
+            self.check_key(key, [] if isinstance(values, str) else values)
         rules = [(k, v) for rule in (*self.sweep.exclude, *self.sweep.when.values()) for k, v in rule.items()]
         for key, wanted in rules:
-            self._check(key, wanted if isinstance(wanted, list) else [wanted])
+            self.check_key(key, wanted if isinstance(wanted, list) else [wanted])
 
-    def _check(self, key: str, values: Sequence[Any]) -> None:
+    def check_key(self, key: str, values: Sequence[Any] = ()) -> None:
+        """Refuse an unknown key, and values that are no options of a group."""
         group, _, rest = key.partition(".")
         if group in NOT_AXES:
             raise ConfigError(f"{key} is no axis of a sweep; give one value for the whole run, {key}=VALUE")

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from rmsweep.bank import SPLITS, write_notes, write_prompts
+from rmsweep.bank import SPLITS, NpyWriter, write_notes, write_prompts
 from rmsweep.component import component, downstream, silent
 from rmsweep.datasets import BankShape, RewardScale
 from rmsweep.rng import stream
@@ -151,14 +151,14 @@ def _write_split(
     prompt_latent = rng.standard_normal((n_prompts, config.n_latent)) * np.sqrt(1 - config.within_share)
     prompt_nuisance = rng.standard_normal((n_prompts, config.n_nuisance))
     golden, ceiling = np.empty((2, n_prompts, n_responses), dtype=np.float32)
-    embedding = np.lib.format.open_memmap(folder / f"embedding_{name}.npy", "w+", np.float16, shape)
     step = max(1, CHUNK_ROWS // n_responses)
-    for index, start in enumerate(range(0, n_prompts, step)):
-        part = slice(start, min(start + step, n_prompts))
-        chance = stream(config.seed, "responses", llm.name, name, index)
-        chunk = _respond(config, world, llm, prompt_latent[part], prompt_nuisance[part], n_responses, chance)
-        golden[part], ceiling[part], embedding[part] = chunk
-    embedding.flush()
+    with NpyWriter(folder / f"embedding_{name}.npy", np.float16, shape) as embedding:
+        for index, start in enumerate(range(0, n_prompts, step)):
+            part = slice(start, min(start + step, n_prompts))
+            chance = stream(config.seed, "responses", llm.name, name, index)
+            chunk = _respond(config, world, llm, prompt_latent[part], prompt_nuisance[part], n_responses, chance)
+            golden[part], ceiling[part] = chunk.golden, chunk.ceiling
+            embedding.append(chunk.embedding)
     np.save(folder / f"golden_{name}.npy", golden)
     np.save(folder / f"ceiling_{name}.npy", ceiling)
     return _summary(golden, ceiling)

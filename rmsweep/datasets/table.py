@@ -102,8 +102,12 @@ class Table:
             np.save(folder / f"golden_{name}.npy", side.padded(side.golden.astype(np.float32)))
             write_prompts(folder, name, side.prompt_id, side.prompt, side.nested(), side.category)
         source = self._source(embedder)
-        dim = _copy_embeddings(source, sides, folder) if embedder.kind == "native" else _embed(self, embedder, sides, folder)
-        notes = {**source.notes, **_summary(sides), "prompts_unused": len(source.prompt) - sum(len(s.prompt) for s in sides)}
+        dim = (
+            _copy_embeddings(source, sides, folder)
+            if embedder.kind == "native"
+            else _embed(self, embedder, sides, folder)
+        )
+        notes = {**source.notes, **_summary(source, sides)}
         if (asked := getattr(embedder, "dim", dim)) != dim:
             notes["embedding_dim_asked"] = asked
         write_notes(folder, seed=self.seed, embedding_dim=dim, **notes)
@@ -111,9 +115,13 @@ class Table:
     def _source(self, embedder: Any) -> Source:
         """The file's usable rows, read and checked once per process while the file stays as it is."""
         if embedder.kind == "native" and not self.embedding_column:
-            raise DataError("embedder=native needs dataset.embedding_column=NAME (one list of numbers per row); or embedder=lsa")
+            raise DataError(
+                "embedder=native needs dataset.embedding_column=NAME (one list of numbers per row); or embedder=lsa"
+            )
         if embedder.kind != "native" and not hasattr(embedder, "fit_embed"):
-            raise DataError(f"embedder={embedder.kind} cannot embed a table's texts; allowed: lsa, or native with dataset.embedding_column")
+            raise DataError(
+                f"embedder={embedder.kind} cannot embed a table's texts; allowed: lsa, or native with dataset.embedding_column"
+            )
         path = self.inputs(None, embedder)["table"]
         column = self.embedding_column if embedder.kind == "native" else None
         reading = dataclasses.replace(self, **SPLIT_FIELDS, path=str(path.resolve()), embedding_column=column)
@@ -196,11 +204,16 @@ class Side:
     def nested(self) -> list[list[str]]:
         """Responses per prompt."""
         ends = np.cumsum(self.count)
-        return [self.response[end - n : end] for end, n in zip(ends.tolist(), self.count.tolist(), strict=True)]
+        return [
+            self.response[end - n : end] for end, n in zip(ends.tolist(), self.count.tolist(), strict=True)
+        ]
 
     def pairs(self) -> list[tuple[str, str]]:
         """(prompt, response) of every row."""
-        return [(self.prompt[p], response) for p, response in zip(self.place[0].tolist(), self.response, strict=True)]
+        return [
+            (self.prompt[p], response)
+            for p, response in zip(self.place[0].tolist(), self.response, strict=True)
+        ]
 
 
 @functools.lru_cache(maxsize=2)
@@ -297,20 +310,30 @@ class _Reader:
     def _check_value(self, row: int, key: str, value: Any) -> None:
         column = getattr(self.table, key)
         if key == "golden_column":
-            if not _is_real(value) or not abs(value) <= FLOAT32_MAX:
+            if (
+                not _is_real(value)
+                or not abs(value if isinstance(value, int) else float(value)) <= FLOAT32_MAX
+            ):
                 self.problems.at(row, column, value, "a finite number")
         elif key == "embedding_column":
             self._check_vector(row, column, value)
         elif key == "prompt_id_column" and isinstance(value, int) and not isinstance(value, bool):
             pass
         elif not is_text(value):
-            self.problems.at(row, column, value, "text (valid UTF-8)" + ", or a whole number" * (key == "prompt_id_column"))
+            self.problems.at(
+                row, column, value, "text (valid UTF-8)" + ", or a whole number" * (key == "prompt_id_column")
+            )
         elif key == "split_column" and value not in SPLITS:
             self.problems.at(row, column, value, "train, test (dataset.where={...} selects rows)")
         elif key in ("prompt_column", "prompt_id_column") and not value.strip():
             self.problems.at(row, column, value, "text that is not empty")
         elif key == "response_column" and self.table.empty == "error" and not value.strip():
-            self.problems.at(row, column, value, "text that is not empty; dataset.empty=drop leaves such rows out, =keep uses them")
+            self.problems.at(
+                row,
+                column,
+                value,
+                "text that is not empty; dataset.empty=drop leaves such rows out, =keep uses them",
+            )
 
     def _check_vector(self, row: int, column: str, value: Any) -> None:
         vector = _vector(value)
@@ -320,7 +343,9 @@ class _Reader:
         if not self.dim:
             self.dim, self.dtype = len(vector), vector.dtype
         if len(vector) != self.dim:
-            self.problems.at(row, column, f"{len(vector)} numbers", f"{self.dim} numbers, as in the first row")
+            self.problems.at(
+                row, column, f"{len(vector)} numbers", f"{self.dim} numbers, as in the first row"
+            )
         elif not np.isfinite(vector).all():
             at = int(np.argmin(np.isfinite(vector)))
             self.problems.at(row, column, f"[{at}] = {vector[at]}", f"finite numbers that fit {self.dtype}")
@@ -360,8 +385,9 @@ class _Reader:
 
 
 def _equal(value: Any, allowed: Scalar) -> bool:
-    """Equality that keeps True and 1 apart."""
-    return bool(isinstance(value, bool) == isinstance(allowed, bool) and value == allowed)
+    """Equality of plain values that keeps True and 1 apart."""
+    plain = value is None or isinstance(value, str | int | float)
+    return plain and isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)
 
 
 def _is_real(value: Any) -> bool:
@@ -407,7 +433,9 @@ def _split_prompts(table: Table, source: Source, prompts: Ints) -> tuple[Ints, I
     """Training and test prompts, ascending; equal texts on one side only. DataError when there are too few."""
     if source.side is not None:
         if (table.n_train_prompts, table.n_test_prompts) != (None, None):
-            raise DataError("dataset.split_column already says which prompts train and test; leave n_*_prompts null")
+            raise DataError(
+                "dataset.split_column already says which prompts train and test; leave n_*_prompts null"
+            )
         side = np.array(source.side)[prompts]
         train, test = prompts[side == "train"], prompts[side == "test"]
     else:
@@ -447,9 +475,13 @@ def _embed(table: Table, embedder: Any, sides: tuple[Side, Side], folder: Path) 
 def _copy_embeddings(source: Source, sides: tuple[Side, Side], folder: Path) -> int:
     """Stream the embedding column into the bank; returns D."""
     place: dict[int, tuple[Any, int, int]] = {}
-    targets = [_open_target(folder, name, s, source.dim, source.dtype) for name, s in zip(SPLITS, sides, strict=True)]
+    targets = [
+        _open_target(folder, name, s, source.dim, source.dtype) for name, s in zip(SPLITS, sides, strict=True)
+    ]
     for target, side in zip(targets, sides, strict=True):
-        for row, prompt, slot in zip(source.row[side.rows].tolist(), *(p.tolist() for p in side.place), strict=True):
+        for row, prompt, slot in zip(
+            source.row[side.rows].tolist(), *(p.tolist() for p in side.place), strict=True
+        ):
             place[row] = (target, prompt, slot)
     column = str(source.embedding_column)
     for batch in batches(source.path, [column], Problems(source.path)):
@@ -468,8 +500,14 @@ def _open_target(folder: Path, name: str, side: Side, dim: int, dtype: type[np.f
     return np.lib.format.open_memmap(folder / f"embedding_{name}.npy", "w+", dtype, shape)
 
 
-def _summary(sides: tuple[Side, Side]) -> dict[str, int]:
+def _summary(source: Source, sides: tuple[Side, Side]) -> dict[str, int]:
     """What is worth knowing of the splits (`rmsweep bank show`)."""
     counts = {f"prompts_{name}": len(side.count) for name, side in zip(SPLITS, sides, strict=True)}
     rows = {f"responses_{name}": len(side.rows) for name, side in zip(SPLITS, sides, strict=True)}
-    return {**counts, **rows, "train_prompts_with_one_response": int((sides[0].count == 1).sum())}
+    return {
+        **counts,
+        **rows,
+        "prompts_unused": len(source.prompt) - sum(counts.values()),
+        "duplicate_responses": int(_repeated(source).sum()),
+        "train_prompts_with_one_response": int((sides[0].count == 1).sum()),
+    }

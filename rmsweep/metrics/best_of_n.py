@@ -1,0 +1,72 @@
+"""Best-of-N: the golden reward of the response that a reward model picks, exact over subsets."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rmsweep.bank import Floats
+from rmsweep.metrics.ragged import Group, groups
+from rmsweep.metrics.ties import average_ranks, tie_means
+
+
+class Pick(NamedTuple):
+    """The response of highest score of each prompt: its golden reward [Q] and that reward's mid-rank quantile [Q]."""
+
+    golden: NDArray[np.float64]
+    quantile: NDArray[np.float64]
+
+
+def best_of_n(score: Floats, golden: Floats) -> NDArray[np.float64]:
+    """Expected golden reward of the highest score among N of a prompt's responses, for N = 1 ... M.
+
+    ``sum_i w_i(N) g_(i)``,  w_i(N) = C(M - 1 - i, N - 1) / C(M, N),  g_(i) the golden reward at score rank i = 0, 1, ...
+
+    from the best, averaged over tied scores: the subset is uniform, and each of its tied winners equally likely. Exact,
+    nothing is resampled (the released evaluation averages 100 subsets). score, golden [Q, M], golden NaN where there
+    is no response; the value at N averages the prompts with at least N responses. Raises Diverged.
+    """
+    parts = list(groups(score, golden))
+    total, n_prompts = np.zeros((2, max((part.m for part in parts), default=0)))
+    for part in parts:
+        total[: part.m] += order_weights(part.m) @ _golden_by_score(part).sum(axis=0)
+        n_prompts[: part.m] += len(part.prompts)
+    return np.asarray(total / n_prompts)
+
+
+@functools.lru_cache(maxsize=512)
+def order_weights(m: int) -> NDArray[np.float64]:
+    """w[N - 1, i] = C(m - 1 - i, N - 1) / C(m, N): chance that rank i (0 = best) wins a random N-subset of m.
+
+    By w_0 = N / m and w_(i+1) / w_i = (m - N - i) / (m - 1 - i): no binomial is formed, nothing overflows.
+    """
+    n, i = np.arange(1, m + 1)[:, None], np.arange(m - 1)
+    ratio = np.maximum(m - n - i, 0) / (m - 1 - i)
+    weights = np.cumprod(np.hstack([n / m, ratio]), axis=1)
+    weights.setflags(write=False)
+    return weights
+
+
+def pick(score: Floats, golden: Floats) -> Pick:
+    """Golden reward and quantile of the highest score of each prompt, averaged over tied scores; NaN without response.
+
+    quantile = (#less + 0.5 #equal) / M of the pick's golden reward among the prompt's responses, itself included: 1/2
+    for a random pick, 1 - 1/(2 M) for the best. score, golden [Q, M]. Raises Diverged.
+    """
+    picked = Pick(*np.full((2, len(golden)), np.nan))
+    for part in groups(score, golden):
+        best = part.score == part.score.max(axis=1, keepdims=True)
+        quantile = (average_ranks(part.golden) - 0.5) / part.m
+        for result, values in zip(picked, (part.golden, quantile), strict=True):
+            result[part.prompts] = np.where(best, values, 0).sum(axis=1) / best.sum(axis=1)
+    return picked
+
+
+def _golden_by_score(part: Group) -> NDArray[np.float64]:
+    """Golden rewards [G, m] from the highest score to the lowest, averaged over tied scores."""
+    order = np.argsort(-part.score, axis=1, kind="stable")
+    score, golden = (np.take_along_axis(values, order, axis=1) for values in (part.score, part.golden))
+    return tie_means(score, golden)

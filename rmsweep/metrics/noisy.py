@@ -1,0 +1,41 @@
+"""Order consistency: expected agreement with an annotator on random test pairs (paper A, definition 8)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rmsweep.bank import Floats, Split
+from rmsweep.preferences import Comparisons
+
+
+def same_prompt_pairs(split: Split, n: int, rng: np.random.Generator) -> Comparisons | None:
+    """n pairs of two distinct responses to one prompt, uniform over the prompts with two or more; None without one."""
+    eligible = np.flatnonzero(split.count >= 2)
+    if not len(eligible):
+        return None
+    prompt = eligible[rng.integers(len(eligible), size=n)]
+    a, b = rng.integers(split.count[prompt]), rng.integers(split.count[prompt] - 1)
+    return Comparisons(prompt, a, prompt, b + (b >= a))
+
+
+def cross_prompt_pairs(split: Split, n: int, rng: np.random.Generator) -> Comparisons | None:
+    """n pairs of responses to two different prompts, uniform over prompts, then over responses; None for one prompt."""
+    if split.n_prompts < 2:
+        return None
+    a, b = rng.integers(split.n_prompts, size=n), rng.integers(split.n_prompts - 1, size=n)
+    b += b >= a
+    return Comparisons(a, rng.integers(split.count[a]), b, rng.integers(split.count[b]))
+
+
+def agreement_noisy(
+    score: Floats, split: Split, pairs: Comparisons, probability: NDArray[np.float64]
+) -> float:
+    """Mean over pairs (a, b) of p where score(a) > score(b), 1 - p where less, 1/2 where equal.
+
+    p = P(a > b) by the annotator, `probability` [C]: the chance that a fresh label agrees with the order by score.
+    score [Q, M] on `split`.
+    """
+    flat = np.asarray(score, dtype=np.float64).reshape(-1)
+    order = np.sign(flat[pairs.rows_a(split)] - flat[pairs.rows_b(split)])
+    return float(np.mean(0.5 + order * (probability - 0.5)))

@@ -1,0 +1,115 @@
+"""Agreement of the order by score with the order by golden reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rmsweep.bank import Floats, Ints
+from rmsweep.metrics.ragged import groups
+from rmsweep.metrics.ties import average_ranks, dense_ranks, runs
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """Unordered pairs of responses: with different golden rewards, of these discordant, of these tied in score."""
+
+    untied: int
+    discordant: int
+    score_tied: int
+
+    def __add__(self, other: PairCounts) -> PairCounts:
+        return PairCounts(
+            self.untied + other.untied, self.discordant + other.discordant, self.score_tied + other.score_tied
+        )
+
+    def __sub__(self, other: PairCounts) -> PairCounts:
+        return PairCounts(
+            self.untied - other.untied, self.discordant - other.discordant, self.score_tied - other.score_tied
+        )
+
+    @property
+    def agreement(self) -> float | None:
+        """(concordant + score ties / 2) / untied; None without any pair of different golden rewards."""
+        return 1 - (self.discordant + self.score_tied / 2) / self.untied if self.untied else None
+
+
+def spearman(score: Floats, golden: Floats) -> float | None:
+    """Mean over prompts of the Pearson correlation of the average ranks of score and golden reward.
+
+    Prompts whose golden rewards are all equal have no order to find and are left out; a constant score counts 0. score,
+    golden [Q, M], golden NaN where there is no response. None when no prompt is left. Raises Diverged.
+    """
+    values = [_rank_correlation(part.score, part.golden) for part in groups(score, golden)]
+    defined = [v[np.isfinite(v)] for v in values]
+    return float(np.mean(np.concatenate(defined))) if sum(map(len, defined)) else None
+
+
+def same_prompt_counts(score: Floats, golden: Floats) -> PairCounts:
+    """Counts over all pairs of responses to one prompt, every pair weighing the same. score, golden [Q, M]."""
+    return sum((pair_counts(part.score, part.golden) for part in groups(score, golden)), PairCounts(0, 0, 0))
+
+
+def all_counts(score: Floats, golden: Floats) -> PairCounts:
+    """Counts over all pairs of responses of the split, whatever their prompts. score, golden [Q, M]."""
+    valid = np.isfinite(golden)
+    return pair_counts(score[valid][None], golden[valid][None])
+
+
+def agreement(score: Floats, golden: Floats) -> float | None:
+    """Share of same-prompt pairs ordered as their golden rewards, score ties one half, golden ties left out."""
+    return same_prompt_counts(score, golden).agreement
+
+
+def agreement_cross_prompt(score: Floats, golden: Floats) -> float | None:
+    """The same over all pairs of responses to different prompts: all pairs less the same-prompt ones, none sampled."""
+    return (all_counts(score, golden) - same_prompt_counts(score, golden)).agreement
+
+
+def pair_counts(score: NDArray[np.generic], golden: NDArray[np.generic]) -> PairCounts:
+    """Counts over the pairs within each row of score, golden [G, m], in O(m log m) (Knight 1966).
+
+    Rows are put in golden order, equal golden rewards in score order; discordant pairs are then the inversions of the
+    score ranks, equal scores ranked in that order. Values travel with their sort keys: key = major * m + minor.
+    """
+    m = golden.shape[1]
+    by_golden = np.sort(dense_ranks(golden) * m + dense_ranks(score), axis=1)
+    golden_rank, score_rank = np.divmod(by_golden, m)
+    by_score = np.sort(score_rank * m + np.arange(m), axis=1)
+    score_rank, position = np.divmod(by_score, m)
+    untied = len(golden) * (m * (m - 1) // 2) - runs(golden_rank).pairs
+    return PairCounts(untied, inversions(position), runs(score_rank).pairs - runs(by_golden).pairs)
+
+
+def inversions(permutation: Ints) -> int:
+    """Number of pairs i < j with permutation[g, i] > permutation[g, j], over the rows [G, m], each one of 0 ... m - 1.
+
+    From the top bit down: a block of 2h entries holds exactly h consecutive values without the bit and h with it, so its
+    inversions between the two are the sum of the positions of the former less h (h - 1) / 2; then both go on as blocks.
+    """
+    n_rows, m = permutation.shape
+    bits = max(1, (m - 1).bit_length())
+    current = np.empty((n_rows, 1 << bits), dtype=np.int32)
+    current[:, :m] = permutation
+    current[:, m:] = np.arange(m, 1 << bits)  # the largest values, last: no inversions
+    current, total = current.reshape(-1), 0
+    for bit in range(bits - 1, -1, -1):
+        half = 1 << bit
+        low = current & half == 0
+        where = np.flatnonzero(low)
+        total += int((where & (2 * half - 1)).sum()) - len(where) // half * (half * (half - 1) // 2)
+        parts = [part.reshape(-1, half) for part in (current[where], current[np.flatnonzero(~low)])]
+        current = np.stack(parts, axis=1).reshape(-1)
+    return total
+
+
+def _rank_correlation(score: NDArray[np.float64], golden: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spearman correlation of each row [G, m]: NaN where golden is constant, else 0 where the score is."""
+    middle = (golden.shape[1] + 1) / 2
+    a, b = average_ranks(score) - middle, average_ranks(golden) - middle
+    covariance, square_a, square_b = ((x * y).sum(axis=1) for x, y in ((a, b), (a, a), (b, b)))
+    square_b[square_b == 0] = np.nan
+    square_a[square_a == 0] = np.inf
+    return covariance / np.sqrt(square_a * square_b)
