@@ -169,8 +169,7 @@ class Grid:
 
     def __init__(self, sweep: Sweep, presets: Presets) -> None:
         self.sweep, self.presets = sweep, presets
-        both = {"beta", "error_rate.value"} & set(sweep.keys)
-        if len(both) == 2:
+        if "beta" in sweep.keys and {"error_rate", "error_rate.value"} & set(sweep.keys):
             raise ConfigError("beta and error_rate exclude each other: error_rate is solved for beta; give one of them")
         twice = [k for k in sweep.keys if sweep.keys.count(k) > 1]
         if twice:
@@ -331,6 +330,9 @@ class Grid:
             raise ConfigError(f"{key} is no axis of a sweep; give one value for the whole run, {key}=VALUE")
         if group not in (*CELL_GROUPS, *VALUES, *NODES) or (rest and group in VALUES):
             raise unknown("key", key, self.known_keys())
+        for value in values:
+            if _has_nan(value):
+                raise ConfigError(f"{key}={value}: NaN is no setting; allowed are numbers, and inf for some keys")
         if group in CELL_GROUPS and not rest:
             for option in values:
                 check_option(self.presets, group, option)
@@ -410,6 +412,12 @@ def _at(node: Any, path: str) -> Any:
         else:
             return ABSENT
     return node
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return any(map(_has_nan, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _equal(value: Any, wanted: Any) -> bool:

@@ -1,0 +1,113 @@
+"""The MLP and its training loop: initialisation, batches, stopping, restoring, divergence."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_spec, random_bank
+
+from rmsweep.errors import Diverged
+from rmsweep.protocols import Schedule
+from rmsweep.reward_models import Compute, TrainingData
+from rmsweep.reward_models import _training as training
+from rmsweep.reward_models.mlp import build_network
+from rmsweep.rng import stream, streams
+from rmsweep.stages.annotate import annotate
+
+PASS = Schedule(1e-3, 7, 30, 3, epoch="pass", stop="best", restore_best=True)
+RELEASED = Schedule(1e-3, 7, 30, 3, epoch="resample", stop="each_previous", restore_best=False)
+
+
+@pytest.fixture(scope="module")
+def bank():
+    return random_bank(np.random.default_rng(2), p=200, n=4, q=10, m=8, d=6)
+
+
+def fit(bank, **changes):
+    spec = make_spec(n_annotations=200, **{"reward_model.hidden": [16], **changes})
+    preferences = annotate(spec, bank, streams(0), {})
+    return spec.reward_model.fit(TrainingData(bank.train, preferences, spec.protocol, streams(0), Compute(), {}))
+
+
+def test_initialisation_is_pytorchs_default():
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and biases, the paper's layer widths, no activation at the end."""
+    network = build_network((64, 1024, 512, 1), "relu", stream(0, "init"))
+    assert [type(m).__name__ for m in network] == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
+    for layer, fan_in in zip(network[::2], (64, 1024, 512), strict=True):
+        for parameter in (layer.weight, layer.bias):
+            assert parameter.abs().max() <= 1 / np.sqrt(fan_in)
+        assert layer.weight.std() == pytest.approx(1 / np.sqrt(3 * fan_in), rel=0.1)
+
+
+def test_objectives_share_initialisation_and_order(bank):
+    """Common random numbers: before its first step the classifier is the Bradley-Terry network, bit for bit."""
+    networks = [build_network((6, 16, 1), "relu", streams(3)("init")) for _ in range(2)]
+    for a, b in zip(*(n.parameters() for n in networks), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_epoch_passes_over_all_examples_or_resamples():
+    """`pass` visits every example once; `resample` draws each batch anew, distinct inside, as released."""
+    visited = np.concatenate(list(training.batches(30, PASS, stream(0, "o"))))
+    assert sorted(visited) == list(range(30))
+    drawn = list(training.batches(30, RELEASED, stream(0, "o")))
+    assert [len(b) for b in drawn] == [7] * 5 and all(len(set(b)) == 7 for b in drawn)
+    assert len(set(np.concatenate(drawn))) < 30
+
+
+@pytest.mark.parametrize(
+    ("losses", "schedule", "stops"),
+    [
+        ([1.0, 0.9, 0.8, 0.81], PASS, False),
+        ([1.0, 0.9, 0.8, 0.81, 0.82], PASS, False),
+        ([1.0, 0.9, 0.8, 0.81, 0.82, 0.8000001], PASS, True),
+        ([1.0, 0.5, 0.6, 0.7, 0.65], RELEASED, False),  # larger than the best, not than each of the last three
+        ([0.5, 0.5, 0.6, 0.7, 0.71], RELEASED, True),
+        ([0.5, 0.6, 0.7], RELEASED, False),
+    ],
+)
+def test_stopping_rules(losses, schedule, stops):
+    """`best`: no new best for three epochs. `each_previous`: the newest is larger than each of the previous three."""
+    assert training._stops(losses, schedule) is stops
+
+
+class Scripted:
+    """Replaces validation by a script of losses and marks the epoch in the weights."""
+
+    def __init__(self, monkeypatch, losses):
+        self.losses, self.epoch = losses, 0
+        monkeypatch.setattr(training, "_validate", self.validate)
+
+    def validate(self, loss, examples):
+        self.epoch += 1
+        with torch.no_grad():
+            loss.network[-1].bias.fill_(self.epoch)
+        return self.losses[self.epoch - 1]
+
+
+def test_clean_restores_the_best_epoch(bank, monkeypatch):
+    """Catches last weights kept, or weights aliased instead of copied."""
+    Scripted(monkeypatch, [0.9, 0.5, 0.6, 0.7, 0.8, 0.1])
+    model = fit(bank)
+    assert model.history["epochs"] == 5 and model.history["best_epoch"] == 2
+    assert float(model.network[-1].bias.detach()) == 2.0 and model.history["validation_loss"] == 0.5
+
+
+def test_released_keeps_the_last_epoch(bank, monkeypatch):
+    """The quirk of papers.md A5: no best weights."""
+    Scripted(monkeypatch, [0.9, 0.5, 0.6, 0.7, 0.8, 0.1])
+    model = fit(bank, protocol="released")
+    assert model.history["epochs"] == 5 and float(model.network[-1].bias.detach()) == 5.0
+
+
+def test_divergence_is_raised_not_scored(bank):
+    """NaN is a result of its own, never a number."""
+    with pytest.raises(Diverged, match="epoch"), np.errstate(all="ignore"):
+        fit(bank, **{"protocol.learning_rate": 1e30})
+
+
+def test_scores_do_not_depend_on_the_chunk(bank, monkeypatch):
+    """Streaming in other chunks gives the same order and the same numbers to rounding."""
+    model = fit(bank)
+    whole = model.score(bank.test)
+    monkeypatch.setattr(type(bank.test), "chunks", lambda self: (slice(i, i + 1) for i in range(self.n_prompts)))
+    np.testing.assert_allclose(model.score(bank.test), whole, rtol=1e-5, atol=1e-7)
