@@ -1,11 +1,11 @@
-"""Latent semantic analysis on the CPU, nothing downloaded: TF-IDF of words and of character n-grams, truncated SVD.
+"""Latent semantic analysis, nothing downloaded: TF-IDF of words and of character n-grams, truncated SVD.
 
     x = [word TF-IDF / a ; character TF-IDF / b],     embedding e(x) = s V^T x
 
-TF-IDF = (1 + log tf) (1 + log((1 + n) / (1 + df))), rows NOT normalised: how long a response is belongs to the
-signal. a, b make the mean squared row norm of each block 1; V holds the leading right singular vectors of the
-training rows; s makes the mean square of all training coordinates 1. Coordinates are not whitened: leading ones
-are larger. (Deerwester et al. 1990, "Indexing by latent semantic analysis".)
+TF-IDF = (1 + log tf) (1 + log((1 + n) / (1 + df))), rows NOT normalised: how long a response is belongs to
+the signal. a, b make the mean squared row norm of each block 1; V holds the leading right singular vectors of
+the training rows; s makes the mean square of all training coordinates 1. Coordinates are not whitened: leading
+ones are larger. (Deerwester et al. 1990, "Indexing by latent semantic analysis".)
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ POWER_ITERATIONS = 3  # of the randomised SVD; 5 change nothing measurable
 class Lsa:
     """Text features fitted on training responses only.
 
-    dim: D; fewer where the training texts or their terms are fewer. text: `response` (a prompt's own part is the same
-    for all its responses, so it cannot rank them) or `prompt_and_response` in one text. word_features (1-2 grams) and
-    char_features (3-5 grams within words): the most frequent ones; 0 leaves a block out. min_df: least number of
-    texts that hold a term. fit_rows: vocabulary, IDF and SVD come from so many training texts at most, a random choice.
+    dim: D; fewer where the training texts or their terms are fewer. text: `response` (a prompt's own part is
+    the same for all its responses, so it cannot rank them) or `prompt_and_response` in one text. word_features
+    (1-2 grams) and char_features (3-5 grams within words): the most frequent ones; 0 leaves a block out.
+    min_df: least number of texts that hold a term. fit_rows: vocabulary, IDF and SVD come from so many training
+    texts at most, a random choice.
     """
 
     dim: Count = 256
@@ -59,8 +60,12 @@ class Lsa:
         texts = self._texts(train)
         rng = stream(seed, "lsa")
         sample = np.sort(rng.permutation(len(texts))[: self.fit_rows])
-        fitted = _Fitted.fit(self, [texts[i] for i in sample], rng)
-        return fitted.embed(texts), fitted.embed(self._texts(test))
+        fitted, terms = _Fitted.fit(self, [texts[i] for i in sample], rng)
+        embedding = np.empty((len(texts), fitted.projection.shape[1]), dtype=np.float32)
+        embedding[sample] = terms @ fitted.projection
+        rest = np.setdiff1d(np.arange(len(texts)), sample)
+        embedding[rest] = fitted.embed([texts[i] for i in rest])
+        return embedding, fitted.embed(self._texts(test))
 
     def _texts(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
         if self.text == "response":
@@ -90,7 +95,8 @@ class _Fitted(NamedTuple):
     projection: Array
 
     @classmethod
-    def fit(cls, config: Lsa, texts: list[str], rng: np.random.Generator) -> _Fitted:
+    def fit(cls, config: Lsa, texts: list[str], rng: np.random.Generator) -> tuple[_Fitted, sp.csr_matrix]:
+        """Fit on `texts`; also their terms x [len(texts), features]."""
         vectorizers, blocks = _vectorized(config, texts)
         factors = [float(np.sqrt(len(texts) / block.power(2).sum(dtype=np.float64))) for block in blocks]
         terms = _stacked(blocks, factors)
@@ -98,7 +104,7 @@ class _Fitted(NamedTuple):
         svd = TruncatedSVD(dim, n_iter=POWER_ITERATIONS, random_state=int(rng.integers(2**31)))
         embedding = svd.fit_transform(terms)
         scale = 1 / np.sqrt(np.square(embedding, dtype=np.float64).mean())
-        return cls(vectorizers, factors, (svd.components_.T * scale).astype(np.float32))
+        return cls(vectorizers, factors, (svd.components_.T * scale).astype(np.float32)), terms
 
     def embed(self, texts: list[str]) -> Array:
         """Embeddings [len(texts), D], a chunk of texts at a time."""

@@ -1,0 +1,166 @@
+"""Text for the terminal: a plan's counts, and the table of golden improvements at the end of a run."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rmsweep.cell import PlannedCell
+from rmsweep.plan import Plan
+
+REPLICATES = ("seed", "dataset.split_seed")  # what is averaged over, never a row of the table
+MAX_ROWS = 40
+STATES = ("new", "done", "failed", "diverged", "skipped")
+ANNOTATION_KEYS = (
+    "candidates", "pairing", "annotator", "beta", "error_rate", "n_annotations", "pairs_per_prompt", "seed", "protocol",
+)  # fmt: skip
+
+
+def plan_text(plan: Plan, states: Mapping[str, str], *, short: bool = False) -> str:
+    """A plan's counts. `states`: fingerprint -> status of the cells that the store holds; short: for `run`."""
+    counts = count_states(plan, states)
+    head = f"sweep {plan.name}: {_cells(len(plan.cells))}  ("
+    head += ", ".join(f"{counts[s]:,} {s}" for s in STATES if counts[s] or s in ("new", "done")) + ")"
+    lines = [head, f"device {plan.compute.device}, precision {plan.compute.precision}, keep {plan.keep}"]
+    if plan.unknown:
+        lines.append(f"data not found: identities unknown, all cells count as new ({plan.unknown})")
+    reasons = Counter(str(c.reason) for c in plan.cells if c.reason is not None)
+    lines += [f"  skipped {count:,}: {reason}" for reason, count in reasons.most_common(3 if short else 20)]
+    if not short:
+        lines.append(_artefacts(plan))
+    return "\n".join(lines)
+
+
+def count_states(plan: Plan, states: Mapping[str, str]) -> Counter[str]:
+    """How many cells are new, done, failed, diverged, skipped."""
+    return Counter("skipped" if c.reason is not None else states.get(c.fingerprint, "new") for c in plan.cells)
+
+
+def _artefacts(plan: Plan) -> str:
+    runnable = [c for c in plan.cells if c.reason is None]
+    if plan.unknown:
+        return "banks, annotations and disk: not known without the data"
+    banks = {c.bank_id for c in runnable}
+    computed = {c.fingerprint for c in runnable}
+    text = f"{len(banks):,} banks, {len(distinct_annotations(runnable)):,} sets of annotations, {len(computed):,} models"
+    return text + ("" if len(computed) == len(runnable) else f" ({len(runnable):,} rows: some cells are equal)")
+
+
+def distinct_annotations(cells: Iterable[PlannedCell]) -> set[tuple[Any, ...]]:
+    """What tells sets of annotations apart: the bank, and the design."""
+    texts: dict[int, str] = {}  # nodes are shared between cells: each is spelled once
+
+    def text(value: Any) -> str:
+        return texts.setdefault(id(value), repr(value)) if isinstance(value, dict) else repr(value)
+
+    return {(c.bank_id, *(text(c.config[k]) for k in ANNOTATION_KEYS)) for c in cells}
+
+
+def disk_text(needed: int, free: int) -> str:
+    """What the disk must hold against what is free."""
+    fits = "" if needed <= free else ": DOES NOT FIT"
+    return f"disk: about {size(needed)} to write, {size(free)} free{fits}"
+
+
+def size(n_bytes: float) -> str:
+    """A number of bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n_bytes) < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.3g} TB"
+
+
+def cost_text(plan: Plan, states: Mapping[str, str], seconds: Mapping[str, float]) -> str:
+    """Estimated core-hours of the new cells. `seconds`: reward model -> mean seconds of its finished cells."""
+    new = Counter(
+        c.labels["reward_model"] for c in plan.cells if c.reason is None and c.fingerprint not in states
+    )
+    unknown = sorted(set(new) - set(seconds))
+    known = sum(seconds.get(model, 0) * n for model, n in new.items()) / 3600
+    if new and len(unknown) == len(new):
+        return "estimated core-hours: not known yet (no finished cells of these reward models under this root)"
+    extra = f" without {', '.join(unknown)} (none finished yet)" if unknown else ""
+    return f"estimated core-hours: {known:.3g}{extra}, from finished cells of all sizes under this root"
+
+
+def improvement_table(
+    rows: Sequence[Mapping[str, Any]], cells: Sequence[PlannedCell], width: int | None = None
+) -> str:
+    """Mean and standard error of golden_improvement over replicates: reward models against the varied axes.
+
+    rows: results (labels, status, golden_improvement), one per cell of `cells`.
+    """
+    axes = varied_axes(cells)
+    models = list(dict.fromkeys(c.labels["reward_model"] for c in cells if c.reason is None))
+    groups: dict[tuple[Any, ...], dict[str, list[float]]] = {}
+    lost = 0
+    for row, cell in zip(rows, cells, strict=True):
+        if cell.reason is not None:
+            continue
+        value = row.get("golden_improvement")
+        key = tuple(_short(cell.labels.get(axis)) for axis in axes)
+        values = groups.setdefault(key, {}).setdefault(cell.labels["reward_model"], [])
+        if value is None or math.isnan(value):
+            lost += 1
+        else:
+            values.append(value)
+    body = [[*key, *(mean_se(by.get(model, [])) for model in models)] for key, by in groups.items()]
+    table = aligned([[*axes, *models], *body[:MAX_ROWS]], len(axes), width)
+    lines = ["golden_improvement, mean ± standard error over replicates", *table]
+    if len(body) > MAX_ROWS:
+        lines.append(f"... {len(body) - MAX_ROWS} more rows: see `rmsweep results`")
+    if lost:
+        lines.append(f"{_cells(lost)} without a value (not run, failed or diverged) left out of the means")
+    return "\n".join(lines)
+
+
+def varied_axes(cells: Sequence[PlannedCell]) -> list[str]:
+    """Labels with several values among the cells that can run, replicates and the reward model aside."""
+    live = [c.labels for c in cells if c.reason is None]
+    names = list(dict.fromkeys(name for labels in live for name in labels))
+    fixed = {*REPLICATES, "reward_model"}
+    return [n for n in names if n not in fixed and len({repr(labels.get(n)) for labels in live}) > 1]
+
+
+def mean_se(values: Sequence[float]) -> str:
+    """`1.234 ± 0.012`: mean and sd / sqrt(n) (n - 1 in the sd); the value alone for n = 1, - for none."""
+    if not values:
+        return "-"
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.3f}"
+    variance = math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return f"{mean:.3f} ± {math.sqrt(variance / len(values)):.3f}"
+
+
+def aligned(rows: Sequence[Sequence[str]], n_left: int, width: int | None = None) -> list[str]:
+    """Rows as columns of text, the first `n_left` left-aligned, split over several blocks where too wide."""
+    width = width or shutil.get_terminal_size((110, 24)).columns
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left, right = list(range(n_left)), list(range(n_left, len(widths)))
+    blocks: list[list[int]] = [[]]
+    for column in right:
+        used = sum(widths[i] + 2 for i in (*left, *blocks[-1], column))
+        if blocks[-1] and used > width + 2:
+            blocks.append([])
+        blocks[-1].append(column)
+    lines = []
+    for block in blocks:
+        for row in rows:
+            texts = [row[i].ljust(widths[i]) if i < n_left else row[i].rjust(widths[i]) for i in (*left, *block)]
+            lines.append(("  " + "  ".join(texts)).rstrip())
+    return lines
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "default"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cells(n: int) -> str:
+    return f"{n:,} cell" + ("" if n == 1 else "s")
