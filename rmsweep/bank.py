@@ -67,10 +67,10 @@ class Split:
         """Flat row ids prompt * N + response; the currency of comparisons and training."""
         return prompt * self.n_responses + response
 
-    def gather(self, rows: Ints) -> Floats:
-        """Embeddings of flat rows as float32 [len(rows), D]; copies those rows only."""
+    def gather(self, rows: Ints, dtype: type[np.floating[Any]] | None = np.float32) -> Floats:
+        """Embeddings of flat rows [len(rows), D], in the bank's own type if dtype is None; copies those rows only."""
         prompt, response = np.divmod(rows, self.n_responses)
-        return np.asarray(self.embedding[prompt, response], dtype=np.float32)
+        return np.asarray(self.embedding[prompt, response], dtype=dtype)
 
     def golden_of(self, rows: Ints) -> Floats:
         """Golden rewards of flat rows as float64 [len(rows)]."""

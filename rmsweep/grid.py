@@ -1,9 +1,9 @@
-"""A sweep's description -> its cells: product of axes, paired and conditional axes, exclusions. Pure: no Hydra.
+"""A sweep's description -> its cells: product of axes, paired and conditional axes, exclusions.
 
-A description departs from the baseline cell of conf/config.yaml. `set` holds single departures, `axes` lists of values
-(or "@size.quantities": what stands there in the cell's own config; "@size.quantities.0" is its first), `paired` axes that advance together,
-`when` the cells to which an axis applies, `exclude` the combinations that are skipped. Keys are config groups
-(`reward_model`), their fields (`reward_model.hidden`) and the plain values (`beta`).
+A description departs from the baseline cell of conf/config.yaml. `set` holds single departures, `axes` lists
+of values (or "@size.quantities": what stands there in the cell's config; "@size.quantities.0": its first),
+`paired` axes that advance together, `when` the cells to which an axis applies, `exclude` what is skipped.
+Keys are config groups (`reward_model`), their fields (`reward_model.hidden`) and plain values (`beta`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ABSENT = object()
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep is: departures from the baseline cell, and the axes; fields as in the module's docstring."""
+    """What a sweep is: departures from the baseline cell, and axes; fields: see the module's docstring."""
 
     name: str | None = None
     note: str = ""
@@ -52,7 +52,7 @@ class Sweep:
 
 
 class Setting(NamedTuple):
-    """One override: `values` of `key` (several, or an axis of one); `reset` puts the key back to its default."""
+    """One override: `values` of `key`, several where it is an `axis`; `reset` puts it back to its default."""
 
     key: str
     values: tuple[Any, ...] = ()
@@ -63,10 +63,10 @@ class Setting(NamedTuple):
 class GridCell(NamedTuple):
     """One point of the grid.
 
-    choices: group -> option. config: what build_cell takes; its nodes are shared between cells, treat them as read-only.
-    parts: hashable key of every node, equal for equal nodes. settings: departures from the baseline that apply here.
-    varied: value of every key that the sweep sets or varies, also where its condition leaves it at the default.
-    reason: why it is excluded. error: why its config cannot be composed (a key that this cell's choice does not have).
+    choices: group -> option. config: what build_cell takes; its nodes are shared between cells, so read-only.
+    parts: hashable key of every node, equal for equal nodes. settings: the departures that apply here.
+    varied: value of every key that the sweep sets or varies, at its default where the axis does not apply.
+    reason: why it is excluded. error: why its config cannot be composed (a key that its choices do not have).
     """
 
     choices: dict[str, str]
@@ -79,7 +79,7 @@ class GridCell(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Axes that advance together: rows of values, or the path ("size.quantities") where one axis' values stand."""
+    """Axes that advance together: rows of values, or the path ("size.quantities") where they stand."""
 
     keys: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...] | str
@@ -98,10 +98,16 @@ def describe(node: Mapping[str, Any], where: str = "sweep") -> Sweep:
         name=None if name is None else check_name(str(name)),
         note=str(note),
         set=_aliased(_mapping(given.get("set", {}), f"{where}.set")),
-        axes={k: _axis(f"{where}.axes.{k}", v) for k, v in _aliased(given.get("axes", {}), f"{where}.axes").items()},
-        paired=tuple(_paired(f"{where}.paired", p) for p in _list(given.get("paired", []), f"{where}.paired")),
+        axes={
+            k: _axis(f"{where}.axes.{k}", v)
+            for k, v in _aliased(given.get("axes", {}), f"{where}.axes").items()
+        },
+        paired=tuple(
+            _paired(f"{where}.paired", p) for p in _list(given.get("paired", []), f"{where}.paired")
+        ),
         when={
-            k: _aliased(v, f"{where}.when.{k}") for k, v in _aliased(given.get("when", {}), f"{where}.when").items()
+            k: _aliased(v, f"{where}.when.{k}")
+            for k, v in _aliased(given.get("when", {}), f"{where}.when").items()
         },
         exclude=tuple(
             _aliased(rule, f"{where}.exclude") for rule in _list(given.get("exclude", []), f"{where}.exclude")
@@ -113,8 +119,8 @@ def check_name(name: str) -> str:
     """`name` if it may name a sweep (and its folder); ConfigError otherwise."""
     if not NAME.fullmatch(name):
         raise ConfigError(
-            f"sweep.name={name!r}: allowed are letters, digits, '.', '_' and '-', beginning with a letter or digit, "
-            "at most 128 characters"
+            f"sweep.name={name!r}: allowed are letters, digits, '.', '_' and '-', at most 128, "
+            "beginning with a letter or digit"
         )
     return name
 
@@ -143,7 +149,7 @@ def _applied(sweep: Sweep, setting: Setting) -> Sweep:
 
 
 def _rival(key: str) -> str | None:
-    """beta and error_rate exclude each other: giving one replaces the other."""
+    """Beta and error_rate exclude each other: giving one replaces the other."""
     return {"beta": "error_rate.value", "error_rate.value": "beta"}.get(key)
 
 
@@ -155,7 +161,10 @@ def derived_name(sweep: Sweep, extra: Sequence[str] = ()) -> str:
     readable = re.sub(r"[^A-Za-z0-9._]+", "-", "_".join(words)).strip("-._")[:80].rstrip("-._") or "baseline"
     grid = {
         "set": {k: _plain_number(v) for k, v in sweep.set.items()},
-        "axes": {k: sorted(map(repr, _plain_number(v))) if isinstance(v, list) else v for k, v in sweep.axes.items()},
+        "axes": {
+            k: sorted(map(repr, _plain_number(v))) if isinstance(v, list) else v
+            for k, v in sweep.axes.items()
+        },
         "paired": [_plain_number(p) for p in sweep.paired],
         "when": _plain_number(sweep.when),
         "exclude": _plain_number(list(sweep.exclude)),
@@ -170,7 +179,9 @@ class Grid:
     def __init__(self, sweep: Sweep, presets: Presets) -> None:
         self.sweep, self.presets = sweep, presets
         if "beta" in sweep.keys and {"error_rate", "error_rate.value"} & set(sweep.keys):
-            raise ConfigError("beta and error_rate exclude each other: error_rate is solved for beta; give one of them")
+            raise ConfigError(
+                "beta and error_rate exclude each other: error_rate is solved for beta; give one of them"
+            )
         twice = [k for k in sweep.keys if sweep.keys.count(k) > 1]
         if twice:
             raise ConfigError(f"{twice[0]!r} stands twice among set, axes and paired; give it once")
@@ -187,17 +198,22 @@ class Grid:
     def cells(self) -> Iterator[GridCell]:
         """All cells in grid order: the first axis varies slowest, conditional axes fastest."""
         if self.n_upper > MAX_CELLS:
-            raise ConfigError(f"this grid has {self.n_upper:,} cells; allowed are {MAX_CELLS:,}: split the sweep")
+            raise ConfigError(
+                f"this grid has {self.n_upper:,} cells; allowed are {MAX_CELLS:,}: split the sweep"
+            )
         for rows in itertools.product(*(block.rows for block in self._static)):
             point = {
-                k: v for block, row in zip(self._static, rows, strict=True) for k, v in zip(block.keys, row, strict=True)
+                k: v
+                for block, row in zip(self._static, rows, strict=True)
+                for k, v in zip(block.keys, row, strict=True)
             }
             for full in self._expand(point, self._deferred):
                 yield self._cell(full)
 
     def _blocks(self) -> tuple[list[_Block], list[_Block]]:
-        """Blocks that every cell has, and those that depend on the cell (`when`, or "@" into a varied group)."""
-        static, deferred = [], []
+        """Blocks that every cell has, and those that depend on it (`when`, or "@" into a varied group)."""
+        static: list[_Block] = []
+        deferred: list[_Block] = []
         for key in self.sweep.when:
             if key not in self.sweep.axes:
                 raise unknown("axis of sweep.when", key, self.sweep.axes)
@@ -252,7 +268,8 @@ class Grid:
             error = error or (node if isinstance(node, ConfigError) else None)
             config[group] = node
         rule = next((r for r in self.sweep.exclude if self._matches(r, point)), None)
-        reason = rule and "excluded by sweep.exclude: " + ", ".join(f"{k}={v}" for k, v in rule.items())
+        words = ", ".join(f"{k}={v}" for k, v in (rule or {}).items())
+        reason = f"excluded by sweep.exclude: {words}" if rule else None
         varied = {key: None if value is ABSENT else value for key, value in varied.items()}
         return GridCell(choices, {} if error else config, parts, merged, varied, reason, error)
 
@@ -267,11 +284,13 @@ class Grid:
         return choices
 
     def _base_llms(self, part: Any, merged: Mapping[str, Any]) -> tuple[str, ...]:
-        """Options of base_llm that go with the dataset; none where its config is not sound (build_cell says why)."""
+        """Options of base_llm that go with the dataset; none where its config is not sound."""
         if part not in self._known_llms:
             node = self._node("dataset", part, lambda key: merged[key])
             try:
-                own = () if isinstance(node, ConfigError) else tuple(component.build("dataset", node).base_llms)
+                own = (
+                    () if isinstance(node, ConfigError) else tuple(component.build("dataset", node).base_llms)
+                )
             except ConfigError:
                 own = ()
             self._known_llms[part] = own
@@ -286,20 +305,22 @@ class Grid:
         return {}
 
     def _node(self, group: str, part: Any, value: Callable[[str], Any]) -> dict[str, Any] | ConfigError:
-        """The node of `group` for one distinct choice and its settings; made once, shared by all its cells."""
+        """The node of `group` for one distinct choice and its settings; made once, shared by its cells."""
         if (group, part) not in self._nodes:
             option, settings = part
             node: Any = self.presets.baseline[group] if group in NODES else self.presets.node(group, option)
             try:
                 for key, _ in settings:
-                    node = with_value(node, key.split(".")[1:], value(key), f"{group} {option or ''}".strip(), key)
+                    node = with_value(
+                        node, key.split(".")[1:], value(key), f"{group} {option or ''}".strip(), key
+                    )
             except ConfigError as error:
                 node = error
             self._nodes[group, part] = node
         return self._nodes[group, part]
 
     def _lookup(self, key: str, point: Mapping[str, Any]) -> Any:
-        """Value of `key` in the cell at `point`: as set, else as its option has it; ABSENT where there is none."""
+        """Value of `key` in the cell at `point`: as set, else as its option has it, else ABSENT."""
         merged = {**self.sweep.set, **point}
         if key in merged:
             return merged[key]
@@ -312,12 +333,16 @@ class Grid:
     def _matches(self, rule: Mapping[str, Any], point: Mapping[str, Any]) -> bool:
         return all(_equal(self._lookup(key, point), wanted) for key, wanted in rule.items())
 
-    # -- checks -----------------------------------------------------------------------------------------------------
+    # -- checks --------------------------------------------------------------------------------------------
 
     def _check_keys(self) -> None:
         """Refuse unknown keys and options before any cell is made."""
         pairs = {k: v for pair in self.sweep.paired for k, v in pair.items()}
-        for key, values in {**{k: [v] for k, v in self.sweep.set.items()}, **self.sweep.axes, **pairs}.items():
+        for key, values in {
+            **{k: [v] for k, v in self.sweep.set.items()},
+            **self.sweep.axes,
+            **pairs,
+        }.items():
             self.check_key(key, [] if isinstance(values, str) else values)
         rules = [(k, v) for rule in (*self.sweep.exclude, *self.sweep.when.values()) for k, v in rule.items()]
         for key, wanted in rules:
@@ -332,7 +357,9 @@ class Grid:
             raise unknown("key", key, self.known_keys())
         for value in values:
             if _has_nan(value):
-                raise ConfigError(f"{key}={value}: NaN is no setting; allowed are numbers, and inf for some keys")
+                raise ConfigError(
+                    f"{key}={value}: NaN is no setting; allowed are numbers, and inf for some keys"
+                )
         if group in CELL_GROUPS and not rest:
             for option in values:
                 check_option(self.presets, group, option)
@@ -353,7 +380,9 @@ class Grid:
         """Keys that can be set: all, or those of the chosen options of one group."""
         if group is None:
             return [*CELL_GROUPS, *VALUES, *NODES, *NOT_AXES]
-        return sorted({f"{group}.{path}" for node in self._chosen(group) for path in paths(node)} - {f"{group}.kind"})
+        return sorted(
+            {f"{group}.{path}" for node in self._chosen(group) for path in paths(node)} - {f"{group}.kind"}
+        )
 
 
 def check_option(presets: Presets, group: str, option: Any) -> None:
@@ -377,10 +406,14 @@ def with_value(node: dict[str, Any], path: Sequence[str], value: Any, where: str
         return _merged(node, value, key)
     head, *rest = path
     if head not in node:
-        raise ConfigError(f"{key}: {where} has no such key; it has {', '.join(sorted(set(node) - {'kind'})) or 'none'}")
+        raise ConfigError(
+            f"{key}: {where} has no such key; it has {', '.join(sorted(set(node) - {'kind'})) or 'none'}"
+        )
     old = node[head]
     if rest and not isinstance(old, dict):
-        raise ConfigError(f"{key}: {key.split('.')[-len(rest) - 1]} of {where} is the value {old!r}, it has no keys")
+        raise ConfigError(
+            f"{key}: {key.split('.')[-len(rest) - 1]} of {where} is the value {old!r}, it has no keys"
+        )
     new = with_value(old, rest, value, where, key) if rest else _merged(old, value, key)
     return {**node, head: new}
 
@@ -399,7 +432,9 @@ def _merged(old: Any, new: Any, key: str) -> Any:
     if isinstance(old, dict) and isinstance(new, dict):
         return {**old, **{k: _merged(old.get(k), v, key) for k, v in new.items()}}
     if isinstance(old, dict):
-        raise ConfigError(f"{key}={new!r}: needs a mapping of {', '.join(old) or 'names'}; write {key}.NAME=VALUE")
+        raise ConfigError(
+            f"{key}={new!r}: needs a mapping of {', '.join(old) or 'names'}; write {key}.NAME=VALUE"
+        )
     return new
 
 
@@ -458,7 +493,9 @@ def _paired(where: str, pair: Any) -> dict[str, list[Any]]:
     lists = {k: _list(v, f"{where}.{k}") for k, v in _aliased(pair, where).items()}
     if len({len(v) for v in lists.values()}) != 1 or not next(iter(lists.values())):
         lengths = ", ".join(f"{k}: {len(v)}" for k, v in lists.items())
-        raise ConfigError(f"{where}: paired axes need equally many values, at least one; got {lengths or 'no axis'}")
+        raise ConfigError(
+            f"{where}: paired axes need equally many values, at least one; got {lengths or 'no axis'}"
+        )
     return lists
 
 

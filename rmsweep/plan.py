@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import uuid
@@ -44,7 +45,7 @@ NO_BANK = BankShape(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), Fa
 class Plan:
     """A sweep, resolved: its name, every cell in grid order, and what was resolved once for all of them.
 
-    bank_bytes: bank_id -> size of the bank on disk, an estimate where the data leave it open. kept_bytes: what `keep`
+    bank_bytes: bank_id -> estimated size of the bank on disk. kept_bytes: what `keep`
     adds. unknown: why identities are missing (the data are not here), None when they are known.
     """
 
@@ -60,7 +61,7 @@ class Plan:
     def write(self, folder: Path) -> None:
         """Write plan.parquet and plan.json into `folder`; a plan that is there becomes the union of both.
 
-        Raises ConfigError when the plan there was resolved to another device or precision, or with other plug-ins.
+        Raises ConfigError when that plan is pinned to another device or precision, or to other plug-ins.
         """
         merged = _union(Plan.read(folder), self, folder) if (folder / "plan.json").exists() else self
         header = {
@@ -71,7 +72,9 @@ class Plan:
             "plugins": {str(path): file_sha256(Path(path)) for path in merged.plugins},
         }
         sink = pa.BufferOutputStream()
-        pq.write_table(_table(merged.cells), sink, compression="zstd", compression_level=9, write_page_checksum=True)
+        pq.write_table(
+            _table(merged.cells), sink, compression="zstd", compression_level=9, write_page_checksum=True
+        )
         publish(folder / "plan.parquet", sink.getvalue().to_pybytes())
         publish(folder / "plan.json", (json.dumps(header, indent=1, sort_keys=True) + "\n").encode())
 
@@ -101,7 +104,9 @@ def read_header(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise StoreError(f"{folder / 'plan.json'}: cannot be read ({error})") from None
     if header.get("format") != FORMAT:
-        raise StoreError(f"{folder / 'plan.json'}: format {header.get('format')}, this version reads {FORMAT}")
+        raise StoreError(
+            f"{folder / 'plan.json'}: format {header.get('format')}, this version reads {FORMAT}"
+        )
     return header
 
 
@@ -116,8 +121,8 @@ def make(
 ) -> Plan:
     """The plan of `sweep`: every cell composed, checked and identified; nothing is computed or written.
 
-    Raises ConfigError for values impossible in every cell, DesignError when no cell can run, and DataError when the
-    data are missing or unsound; with `need_data=False` missing data only leave the identities empty.
+    Raises ConfigError for values impossible in every cell, DesignError when no cell can run, DataError when
+    data are missing or unsound; with `need_data=False` such data only leave the identities empty.
     """
     if keep not in KEEP:
         raise ConfigError(f"keep={keep}: allowed are {', '.join(KEEP)}")
@@ -128,9 +133,8 @@ def make(
         cells.append(planner.plan(point))
     _refuse_impossible(sweep, points, planner.errors)
     _refuse_unrunnable(cells)
-    name = sweep.name or derived_name(sweep, [file_sha256(Path(p)) for p in plugins])
     return Plan(
-        name=name,
+        name=sweep_name(sweep, plugins),
         cells=_unique(cells),
         compute=compute,
         keep=keep,
@@ -141,8 +145,18 @@ def make(
     )
 
 
+def sweep_name(sweep: Sweep, plugins: Sequence[str] = ()) -> str:
+    """The sweep's own name, else one derived from its grid and the bytes of its plug-ins."""
+    return sweep.name or derived_name(sweep, [file_sha256(Path(p)) for p in plugins])
+
+
+def pinned_compute(folder: Path) -> Compute | None:
+    """Device and precision that the plan in `folder` is pinned to; None where there is no plan."""
+    return Compute(**read_header(folder)["compute"]) if (folder / "plan.json").exists() else None
+
+
 class _Source(NamedTuple):
-    """What is known of a bank's data: sha256 by input name, and its shape (None where the data are not here)."""
+    """What is known of a bank's data: sha256 by input name, and its shape; None where they are not here."""
 
     inputs: dict[str, str] | None
     shape: BankShape | None
@@ -170,7 +184,9 @@ class _Planner:
         except ConfigError as error:
             self.errors[self._position] = error
             labels = _labels(point, None)
-            return PlannedCell(digest({"unsound": labels}), "", "", labels, point.config, point.reason or str(error))
+            return PlannedCell(
+                digest({"unsound": labels}), "", "", labels, point.config, point.reason or str(error)
+            )
         labels, llm = _labels(point, spec), point.choices["base_llm"]
         reason = point.reason
         if llm not in spec.dataset.base_llms:
@@ -243,7 +259,7 @@ def _key(point: GridCell, *names: str) -> tuple[Any, ...]:
 
 
 def _labels(point: GridCell, spec: CellSpec | None) -> dict[str, Any]:
-    """Columns of a cell: every axis, and whatever else the sweep sets or varies; resolved where `spec` is known."""
+    """Columns of a cell: every axis, and whatever else the sweep sets or varies."""
     labels: dict[str, Any] = {}
     values = {k: point.config.get(k, point.varied.get(k)) for k in VALUES}
     rate = spec.error_rate.value if spec else point.varied.get("error_rate.value")
@@ -301,15 +317,15 @@ def _refuse_unrunnable(cells: Sequence[PlannedCell]) -> None:
 
 
 def _unique(cells: Iterable[PlannedCell]) -> list[PlannedCell]:
-    """Cells with equal identity and equal labels are one row; equal identity alone stays two rows, computed once."""
+    """Cells with equal identity and labels are one row; equal identity alone is two rows, computed once."""
     return list({(c.cell_id, canonical_json(c.labels)): c for c in cells}.values())
 
 
-# -- disk ---------------------------------------------------------------------------------------------------------------
+# -- disk --------------------------------------------------------------------------------------------------
 
 
 def bank_bytes(spec: CellSpec, shape: BankShape) -> int:
-    """Bytes of the bank on disk: embeddings 4 D per response (float32) where the bank is ours, plus rewards."""
+    """Bytes of the bank on disk: 4 (D + 1) per response, float32 embeddings and the golden reward."""
     responses = int(shape.count_train.sum()) + int(shape.count_test.sum())
     dim = spec.size.D if spec.dataset.uses_size else int(getattr(spec.embedder, "dim", 0) or 0)
     return responses * 4 * (dim + 1)
@@ -321,12 +337,16 @@ def kept_bytes(spec: CellSpec, shape: BankShape, keep: str) -> int:
         return int(shape.count_test.sum()) * 4
     hidden = getattr(spec.reward_model, "hidden", None)
     if keep == "models" and hidden:
-        dims = [spec.size.D if spec.dataset.uses_size else int(getattr(spec.embedder, "dim", 0) or 0), *hidden, 1]
-        return 4 * sum((a + 1) * b for a, b in zip(dims[:-1], dims[1:], strict=True))
+        dims = [
+            spec.size.D if spec.dataset.uses_size else int(getattr(spec.embedder, "dim", 0) or 0),
+            *hidden,
+            1,
+        ]
+        return 4 * sum((a + 1) * b for a, b in itertools.pairwise(dims))
     return 0
 
 
-# -- files --------------------------------------------------------------------------------------------------------------
+# -- files -------------------------------------------------------------------------------------------------
 
 
 def _union(old: Plan, new: Plan, folder: Path) -> Plan:
@@ -339,7 +359,9 @@ def _union(old: Plan, new: Plan, folder: Path) -> Plan:
     pinned = read_header(folder)["plugins"]
     for path in new.plugins:
         if path in pinned and file_sha256(Path(path)) != pinned[path]:
-            raise ConfigError(f"sweep {old.name} was planned with another {path}; give another sweep.name=NAME")
+            raise ConfigError(
+                f"sweep {old.name} was planned with another {path}; give another sweep.name=NAME"
+            )
     cells = {(c.cell_id, canonical_json(c.labels)): c for c in old.cells}
     cells.update({(c.cell_id, canonical_json(c.labels)): c for c in new.cells})
     plugins = tuple(dict.fromkeys((*old.plugins, *new.plugins)))
@@ -385,8 +407,10 @@ def _cells(table: pa.Table) -> list[PlannedCell]:
     result = []
     for i, label_text in enumerate(columns["labels"]):
         config = {k: value(t) for k in CONFIG_KEYS if (t := columns[f"config.{k}"][i]) is not None}
-        ids = (columns[name][i] for name in ("cell_id", "fingerprint", "bank_id"))
-        result.append(PlannedCell(*ids, _ordered(json.loads(label_text)), config, columns["reason"][i]))
+        cell, key, bank = (columns[name][i] for name in ("cell_id", "fingerprint", "bank_id"))
+        result.append(
+            PlannedCell(cell, key, bank, _ordered(json.loads(label_text)), config, columns["reason"][i])
+        )
     return result
 
 

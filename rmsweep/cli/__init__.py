@@ -1,5 +1,7 @@
-"""The command line: `rmsweep VERB ...`. Exit codes: 0 done, 1 bad input, 2 some cells failed or diverged, 3 store,
-130 and 143 interrupted. Heavy libraries are imported by the verb that needs them, so that --help is quick.
+"""The command line: `rmsweep VERB ...`.
+
+Exit codes: 0 done, 1 bad input, 2 some cells failed or diverged, 3 the store cannot be written, 130 and 143
+interrupted. Heavy libraries are imported by the verb that needs them, so that --help is quick.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ def _dispatch(words: list[str]) -> int:
         print(OVERVIEW)
         return 0 if words else 1
     if words[0] == "--version":
-        from rmsweep import __version__
+        import rmsweep
 
-        print(f"rmsweep {__version__}")
+        print(f"rmsweep {rmsweep.__version__}")
         return 0
     if words[0] == "complete":
         from rmsweep.cli.complete import candidates

@@ -1,8 +1,9 @@
-"""Shell completion: verbs, groups and their options, keys, names of sweeps. Reads conf/ only; loads no method."""
+"""Shell completion: verbs, groups and options, keys, names of sweeps. Reads conf/ only, loads no method."""
 
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ FLAGS = {
     "plan": ("--cfg", "--config-dir", "--plugin", "--help"),
     "status": ("--json", "--help"),
     "results": ("--sql", "--csv", "--schema", "--help"),
-    "retry": ("--plugin", "--help"),
+    "retry": ("--help",),
     "completion": ("--help",),
 }
 CHOICES = {
@@ -73,7 +74,7 @@ def _overrides(word: str, presets: Presets, before: Sequence[str]) -> list[str]:
     key = key[len(sign) :]
     if equals:
         options = presets.options(key) if key in presets.groups else CHOICES.get(key, ())
-        done, comma, last = value.rpartition(",")
+        done, comma, _ = value.rpartition(",")
         used = done.split(",")
         return _starting((f"{sign}{key}={done}{comma}{o}" for o in options if o not in used), word)
     end = "" if sign == "~" else "="
@@ -119,7 +120,9 @@ def _dataclass_fields(group: str, kind: str) -> list[str]:
     path = Path(rmsweep.__file__).parent / PACKAGES[group].rpartition(".")[2] / f"{kind}.py"
     if not path.is_file():
         return []
-    classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    classes = [
+        node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)
+    ]
     chosen = [c for c in classes if any("component(" in ast.unparse(d) for d in c.decorator_list)]
     return [
         field.target.id
@@ -137,7 +140,7 @@ def _sweeps(before: Sequence[str]) -> list[str]:
 
 
 def _folders(before: Sequence[str]) -> list[Path]:
-    pairs = zip(before, before[1:], strict=False)
+    pairs = itertools.pairwise(before)
     return [Path(value) for flag, value in pairs if flag == "--config-dir" and Path(value).is_dir()]
 
 

@@ -90,7 +90,7 @@ def root_folder(value: Any) -> Path:
     return Path(str(value)).expanduser()
 
 
-# -- words ----------------------------------------------------------------------------------------------------------------
+# -- words -------------------------------------------------------------------------------------------------
 
 
 def parse(word: str) -> Override:
@@ -104,7 +104,9 @@ def parse(word: str) -> Override:
         parsed = OverridesParser.create().parse_override(word)
     except HydraException as error:
         reason = " ".join(str(error).split("\n")[0].split())
-        quoted = f"; a value with special characters needs quotes inside quotes: \"{word.split('=')[0]}='...'\""
+        quoted = (
+            f"; a value with special characters needs quotes inside quotes: \"{word.split('=')[0]}='...'\""
+        )
         raise ConfigError(f"{word!r}: {reason}{quoted if '=' in word else ''}") from None
     key = parsed.key_or_group
     if parsed.package is not None or not KEY.fullmatch(key):
@@ -131,6 +133,11 @@ def _setting(word: str, presets: Presets) -> Setting:
     return Setting(key, tuple(_plain(v, word) for v in _values(parsed, word, presets)), axis=True)
 
 
+def values_of(word: str, presets: Presets) -> list[Any]:
+    """The values that a word gives its key, one or several."""
+    return list(_setting(word, presets).values)
+
+
 def _parses(word: str) -> bool:
     try:
         parse(word)
@@ -152,7 +159,9 @@ def _values(parsed: Override, word: str, presets: Presets) -> list[Any]:
             )
         return list(names)
     if getattr(value, "shuffle", False):
-        raise ConfigError(f"{word!r}: shuffle() would give another order each time; list the values, or sort()")
+        raise ConfigError(
+            f"{word!r}: shuffle() would give another order each time; list the values, or sort()"
+        )
     if parsed.value_type == ValueType.INTERVAL_SWEEP:
         raise ConfigError(f"{word!r}: interval() has no finite list of values; use range(start,stop,step)")
     values = list(itertools.islice(parsed.sweep_iterator(Transformer.identity), MAX_VALUES + 1))
@@ -178,10 +187,12 @@ def _refuse_twice(settings: Sequence[Setting]) -> None:
         if keys.count(key) > 1:
             raise ConfigError(f"{key} is given twice; several values of an axis go into one word: {key}=A,B")
     if {"beta", "error_rate.value"} <= {k for k, s in zip(keys, settings, strict=True) if not s.reset}:
-        raise ConfigError("beta and error_rate exclude each other: error_rate is solved for beta; give one of them")
+        raise ConfigError(
+            "beta and error_rate exclude each other: error_rate is solved for beta; give one of them"
+        )
 
 
-# -- parts of a request -----------------------------------------------------------------------------------------------------
+# -- parts of a request ------------------------------------------------------------------------------------
 
 
 def _preset(run: Mapping[str, Any], presets: Presets, alone: bool) -> Sweep:
@@ -214,11 +225,11 @@ def _check_resets(settings: Iterable[Setting], grid: Grid) -> None:
             grid.check_key(setting.key)
 
 
-# -- composition ------------------------------------------------------------------------------------------------------------
+# -- composition -------------------------------------------------------------------------------------------
 
 
 def compose_cell(request: Request, cell: GridCell) -> dict[str, Any]:
-    """One cell's whole config as Hydra composes it from its ConfigStore: groups, values, engine and the rest."""
+    """One cell's whole config as Hydra composes it from its ConfigStore, with engine and run-wide keys."""
     _store(request.presets, {**cell.choices, "engine": request.engine_option, "sweep": "none"})
     words = [f"{group}={option}" for group, option in cell.choices.items()]
     words += [f"engine={request.engine_option}", "sweep=none"]
@@ -226,6 +237,17 @@ def compose_cell(request: Request, cell: GridCell) -> dict[str, Any]:
     words += [f"++engine.{key}={spell(value)}" for key, value in request.engine_node.items()]
     words += [f"{key}={spell(getattr(request, key))}" for key in ("device", "precision", "keep")]
     return _compose([*words, f"root={spell(str(request.root))}"])
+
+
+def first_cell_yaml(request: Request) -> str:
+    """The composed config of the sweep's first sound cell as YAML (`--cfg`)."""
+    cells = list(itertools.islice(Grid(request.sweep, request.presets).cells(), 1000))
+    cell = next((c for c in cells if c.error is None), None)
+    if cell is None:
+        raise cells[0].error or ConfigError("this sweep has no cells")
+    composed = compose_cell(request, cell)
+    composed.pop("sweep", None)
+    return OmegaConf.to_yaml(OmegaConf.create(composed))
 
 
 def _compose(words: Sequence[str]) -> dict[str, Any]:
@@ -272,14 +294,16 @@ def spell(value: Any) -> str:
 
 
 def check_against_hydra(request: Request) -> None:
-    """Compose the first sound cell with Hydra and compare: the cells built in plain Python must be what it makes."""
+    """Compose the first sound cell with Hydra too; the cell built in plain Python must equal it."""
     cell = next((c for c in Grid(request.sweep, request.presets).cells() if c.error is None), None)
     if cell is None:
         return
     composed = compose_cell(request, cell)
     for key, value in cell.config.items():
         if _text(composed[key]) != _text(value):
-            raise ConfigError(f"{key}: composes to {value!r} here but to {composed[key]!r} by Hydra; set single keys")
+            raise ConfigError(
+                f"{key}: composes to {value!r} here but to {composed[key]!r} by Hydra; set single keys"
+            )
 
 
 def _text(value: Any) -> str:

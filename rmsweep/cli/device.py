@@ -14,7 +14,7 @@ PRECISIONS = ("auto", "fp32")
 
 
 def resolve_compute(device: str, precision: str, pinned: Compute | None = None) -> Compute:
-    """Device and precision of a whole sweep; `auto` takes what its existing plan has `pinned`, else a GPU if any."""
+    """Device and precision of a sweep; `auto` is what its existing plan has `pinned`, else a GPU if any."""
     if device not in DEVICES:
         raise ConfigError(f"device={device}: allowed are {', '.join(DEVICES)}")
     if precision not in PRECISIONS:
@@ -22,7 +22,9 @@ def resolve_compute(device: str, precision: str, pinned: Compute | None = None) 
     if device == "auto":
         device = pinned.device if pinned else ("cuda" if has_cuda() else "cpu")
     if device == "cuda" and not has_cuda():
-        raise ConfigError("device=cuda but this machine shows no NVIDIA GPU (nvidia-smi -L); allowed here: cpu")
+        raise ConfigError(
+            "device=cuda but this machine shows no NVIDIA GPU (nvidia-smi -L); allowed here: cpu"
+        )
     return Compute(device, "fp32")
 
 

@@ -29,15 +29,15 @@ Controlled sweeps over preference-based reward models.
   rmsweep results --sql "select reward_model, avg(golden_improvement) from results group by 1"
 
 The same command again continues where it stopped. Everything is written below root=DIR (default: outputs).
-`rmsweep VERB --help` says more. Exit codes: 0 all cells done or skipped, 1 bad input (nothing was run), 2 some
-cells failed or diverged, 3 the store cannot be written, 130/143 interrupted."""
+`rmsweep VERB --help` says more. Exit codes: 0 all cells done or skipped, 1 bad input (nothing was run),
+2 some cells failed or diverged, 3 the store cannot be written, 130/143 interrupted."""
 
 USAGE = {
     "run": "rmsweep run [KEY=VALUE ...] [--cfg] [--config-dir DIR] [--plugin FILE.py]",
     "plan": "rmsweep plan [KEY=VALUE ...] [--cfg] [--config-dir DIR] [--plugin FILE.py]",
     "status": "rmsweep status [SWEEP] [--json] [root=DIR]",
     "results": 'rmsweep results [SWEEP] [--sql "..."] [--csv] [--schema] [root=DIR]',
-    "retry": "rmsweep retry [SWEEP] [KEY=VALUE ...] [--plugin FILE.py] [root=DIR]",
+    "retry": "rmsweep retry [SWEEP] [KEY=VALUE ...] [root=DIR]     # KEY=VALUE: cells with this label",
     "completion": 'rmsweep completion bash|zsh        # eval "$(rmsweep completion bash)"',
 }
 
@@ -49,12 +49,12 @@ One override per word, in Hydra's grammar (quote what your shell would touch):
   error_rate=0.2               beta is solved for it                             ~beta   back to the default
   sweep=paper/quality          a named sweep; a value given here replaces that axis, the others stay
   sweep.name=NAME  'sweep.exclude=[{candidates: similar, pairing: cross_prompt}]'
-Without sweep= and without any of the keys below, `run` is sweep=demo; with any of them it departs from the baseline."""
+Without sweep= and without any key of a cell, `run` is sweep=demo; with one it departs from the baseline."""
 
 OPTIONS = """\
   --cfg              print the (first) cell's composed config as YAML and stop
   --config-dir DIR   your own config groups, laid out like conf/ (may be repeated)
-  --plugin FILE.py   import components of your own; the file's digest enters the fingerprints (may be repeated)
+  --plugin FILE.py   your own components; the file's digest enters the fingerprints (may be repeated)
   -m, --multirun     accepted, not needed"""
 
 
@@ -65,7 +65,13 @@ def verb_help(verb: str, presets: Presets | None = None) -> str:
         return head
     presets = presets or Presets()
     return "\n\n".join(
-        [head, OPTIONS, GRAMMAR, "Config groups (* = baseline):\n" + _groups(presets), "Keys:\n" + _keys(presets)]
+        [
+            head,
+            OPTIONS,
+            GRAMMAR,
+            "Config groups (* = baseline):\n" + _groups(presets),
+            "Keys:\n" + _keys(presets),
+        ]
     )
 
 

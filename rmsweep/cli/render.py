@@ -15,12 +15,13 @@ REPLICATES = ("seed", "dataset.split_seed")  # what is averaged over, never a ro
 MAX_ROWS = 40
 STATES = ("new", "done", "failed", "diverged", "skipped")
 ANNOTATION_KEYS = (
-    "candidates", "pairing", "annotator", "beta", "error_rate", "n_annotations", "pairs_per_prompt", "seed", "protocol",
+    "candidates", "pairing", "annotator", "beta", "error_rate", "n_annotations", "pairs_per_prompt", "seed",
+    "protocol",
 )  # fmt: skip
 
 
 def plan_text(plan: Plan, states: Mapping[str, str], *, short: bool = False) -> str:
-    """A plan's counts. `states`: fingerprint -> status of the cells that the store holds; short: for `run`."""
+    """A plan's counts. `states`: fingerprint -> status of cells that the store holds; short: for `run`."""
     counts = count_states(plan, states)
     head = f"sweep {plan.name}: {_cells(len(plan.cells))}  ("
     head += ", ".join(f"{counts[s]:,} {s}" for s in STATES if counts[s] or s in ("new", "done")) + ")"
@@ -36,7 +37,9 @@ def plan_text(plan: Plan, states: Mapping[str, str], *, short: bool = False) -> 
 
 def count_states(plan: Plan, states: Mapping[str, str]) -> Counter[str]:
     """How many cells are new, done, failed, diverged, skipped."""
-    return Counter("skipped" if c.reason is not None else states.get(c.fingerprint, "new") for c in plan.cells)
+    return Counter(
+        "skipped" if c.reason is not None else states.get(c.fingerprint, "new") for c in plan.cells
+    )
 
 
 def _artefacts(plan: Plan) -> str:
@@ -45,8 +48,11 @@ def _artefacts(plan: Plan) -> str:
         return "banks, annotations and disk: not known without the data"
     banks = {c.bank_id for c in runnable}
     computed = {c.fingerprint for c in runnable}
-    text = f"{len(banks):,} banks, {len(distinct_annotations(runnable)):,} sets of annotations, {len(computed):,} models"
-    return text + ("" if len(computed) == len(runnable) else f" ({len(runnable):,} rows: some cells are equal)")
+    annotations = distinct_annotations(runnable)
+    text = f"{len(banks):,} banks, {len(annotations):,} sets of annotations, {len(computed):,} models"
+    return text + (
+        "" if len(computed) == len(runnable) else f" ({len(runnable):,} rows: some cells are equal)"
+    )
 
 
 def distinct_annotations(cells: Iterable[PlannedCell]) -> set[tuple[Any, ...]]:
@@ -75,14 +81,16 @@ def size(n_bytes: float) -> str:
 
 
 def cost_text(plan: Plan, states: Mapping[str, str], seconds: Mapping[str, float]) -> str:
-    """Estimated core-hours of the new cells. `seconds`: reward model -> mean seconds of its finished cells."""
+    """Estimated core-hours of the new cells. `seconds`: reward model -> mean seconds of a finished cell."""
     new = Counter(
         c.labels["reward_model"] for c in plan.cells if c.reason is None and c.fingerprint not in states
     )
     unknown = sorted(set(new) - set(seconds))
     known = sum(seconds.get(model, 0) * n for model, n in new.items()) / 3600
     if new and len(unknown) == len(new):
-        return "estimated core-hours: not known yet (no finished cells of these reward models under this root)"
+        return (
+            "estimated core-hours: not known yet (no finished cells of these reward models under this root)"
+        )
     extra = f" without {', '.join(unknown)} (none finished yet)" if unknown else ""
     return f"estimated core-hours: {known:.3g}{extra}, from finished cells of all sizes under this root"
 
@@ -151,7 +159,9 @@ def aligned(rows: Sequence[Sequence[str]], n_left: int, width: int | None = None
     lines = []
     for block in blocks:
         for row in rows:
-            texts = [row[i].ljust(widths[i]) if i < n_left else row[i].rjust(widths[i]) for i in (*left, *block)]
+            texts = [
+                row[i].ljust(widths[i]) if i < n_left else row[i].rjust(widths[i]) for i in (*left, *block)
+            ]
             lines.append(("  " + "  ".join(texts)).rstrip())
     return lines
 

@@ -14,8 +14,6 @@ from rmsweep.cli import help as texts
 from rmsweep.errors import ConfigError, StoreError, unknown
 from rmsweep.presets import Presets
 
-SETTING_VERBS = ("run", "plan")
-
 
 def call(verb: str, argv: Sequence[str]) -> int:
     """Run one verb on its own words."""
@@ -40,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; see `{self.prog} --help`")
 
 
-# -- run, plan --------------------------------------------------------------------------------------------------------------
+# -- run, plan ---------------------------------------------------------------------------------------------
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -56,7 +54,9 @@ def _run(args: argparse.Namespace) -> int:
     print(render.plan_text(plan, states, short=True), flush=True)
     needed, free = _disk(root, plan, states)
     if needed > free:
-        raise StoreError(f"{render.disk_text(needed, free)}; free some space, or take another root=DIR or a smaller size")
+        raise StoreError(
+            f"{render.disk_text(needed, free)}; free some space, or take another root=DIR or a smaller size"
+        )
     return _finish(plan, execute.run(plan, root, engine))
 
 
@@ -96,7 +96,7 @@ def _planned(args: argparse.Namespace, need_data: bool) -> tuple[Any, Any]:
         request.presets,
         compute=resolve_compute(request.device, request.precision, pinned),
         keep=request.keep,
-        plugins=[str(file) for file in args.plugin],
+        plugins=[str(file.resolve()) for file in args.plugin],
         need_data=need_data,
     )
     return request, plan
@@ -104,15 +104,29 @@ def _planned(args: argparse.Namespace, need_data: bool) -> tuple[Any, Any]:
 
 def _finish(plan: Any, summary: Any) -> int:
     """Print what a run gave; its exit code."""
-    from rmsweep.cli import render
-
     print(_table(plan, summary.results))
-    print(", ".join(f"{n:,} {state}" for state, n in summary.counts.items() if n) + f"; {summary.n_computed:,} computed")
+    print(
+        ", ".join(f"{n:,} {state}" for state, n in summary.counts.items() if n)
+        + f"; {summary.n_computed:,} computed"
+    )
     print(f"results: {summary.results}")
     if summary.interrupted:
         print("interrupted; the same command again continues", file=sys.stderr)
         return 128 + int(summary.interrupted)
     return 2 if summary.counts.get("failed") or summary.counts.get("diverged") else 0
+
+
+def _table(plan: Any, results: Path) -> str:
+    """The table of golden improvements; rows of results.parquet are joined to the plan's cells."""
+    import pyarrow.parquet as pq
+
+    from rmsweep.cli import render
+
+    rows = pq.read_table(results, columns=["cell_id", "golden_improvement"]).to_pylist()
+    value = {row["cell_id"]: row["golden_improvement"] for row in rows}
+    return render.improvement_table(
+        [{"golden_improvement": value.get(c.cell_id)} for c in plan.cells], plan.cells
+    )
 
 
 def sweep_folder(root: Path, name: str) -> Path:
@@ -121,11 +135,11 @@ def sweep_folder(root: Path, name: str) -> Path:
 
 
 def _states(root: Path, plan: Any) -> Mapping[str, str]:
-    """fingerprint -> status of every cell that the store holds; nothing is created where there is no store."""
-    from rmsweep.store import Store
-
+    """Status by fingerprint of every cell that the store holds; creates nothing where there is no store."""
     if not (root / "store").is_dir():
         return {}
+    from rmsweep.store import Store
+
     return dict.fromkeys(Store(root).done([c.fingerprint for c in plan.cells if c.fingerprint]), "done")
 
 
@@ -139,7 +153,148 @@ def _disk(root: Path, plan: Any, states: Mapping[str, str]) -> tuple[int, int]:
     return needed + kept, shutil.disk_usage(there).free
 
 
+def _mean_seconds(root: Path) -> dict[str, float]:
+    """Mean seconds per cell of every reward model, over all sweeps under root."""
+    import pyarrow.parquet as pq
+
+    total: dict[str, list[float]] = {}
+    for costs in sorted(root.glob("sweeps/*/costs.parquet")):
+        results = costs.with_name("results.parquet")
+        if not results.exists():
+            continue
+        models = pq.read_table(results, columns=["cell_id", "reward_model"]).to_pydict()
+        of = dict(zip(models["cell_id"], models["reward_model"], strict=True))
+        names = ["seconds_annotate", "seconds_train", "seconds_evaluate"]
+        for row in pq.read_table(costs, columns=["cell_id", *names]).to_pylist():
+            seconds = [row[n] for n in names if row[n] is not None]
+            if seconds and row["cell_id"] in of:
+                total.setdefault(of[row["cell_id"]], []).append(sum(seconds))
+    return {model: sum(values) / len(values) for model, values in total.items()}
+
+
+# -- status, results, retry, completion --------------------------------------------------------------------
+
+
+def _status(args: argparse.Namespace) -> int:
+    from rmsweep import status
+
+    root, name, _ = _named(args.words)
+    summary = status.summarise(root, name)
+    if args.json:
+        print(json.dumps(summary, indent=1, default=str))
+    else:
+        print(status.render(summary))
+    return 0
+
+
+def _results(args: argparse.Namespace) -> int:
+    from rmsweep import results
+
+    if args.schema:
+        print(results.schema_text())
+        return 0
+    root, name, _ = _named(args.words)
+    frame = results.query(root, name, args.sql) if args.sql else results.load(root, name)
+    if args.csv:
+        frame.to_csv(sys.stdout, index=False)
+    else:
+        print(frame.to_string(index=False, max_colwidth=40))
+    return 0
+
+
+def _retry(args: argparse.Namespace) -> int:
+    from rmsweep import execute, plugins
+    from rmsweep.plan import Plan, read_header
+
+    root, name, words = _named(args.words)
+    folder = sweep_folder(root, name)
+    for file, sha in read_header(folder)["plugins"].items():
+        if plugins.load(file) != sha:
+            raise ConfigError(
+                f"{file} has changed since sweep {name} was planned; run it under another sweep.name=NAME"
+            )
+    plan = Plan.read(folder)
+    engine, wanted = _engine_and_filter(words, plan)
+    states = _states(root, plan)
+    chosen = frozenset(
+        c.fingerprint
+        for c in plan.cells
+        if states.get(c.fingerprint) == "failed" and all(c.labels.get(k) in v for k, v in wanted.items())
+    )
+    if not chosen:
+        print(f"sweep {name}: no failed cell{' matches' if wanted else ''}")
+        return 0
+    return _finish(plan, execute.run(plan, root, engine, retry=chosen))
+
+
+def _engine_and_filter(words: Sequence[str], plan: Any) -> tuple[Any, dict[str, list[Any]]]:
+    """The engine that `words` name, and label -> values of the cells to retry."""
+    from rmsweep.cli import compose
+
+    presets = Presets()
+    engine = [w for w in words if w.partition("=")[0].partition(".")[0] == "engine"]
+    labels = {name for cell in plan.cells for name in cell.labels}
+    wanted = {}
+    for word in (w for w in words if w not in engine):
+        key = compose.parse(word).key_or_group
+        if key not in labels:
+            raise unknown("column", key, labels)
+        wanted[key] = compose.values_of(word, presets)
+    return compose.read(engine, presets).engine, wanted
+
+
+def _completion(args: argparse.Namespace) -> int:
+    from rmsweep.cli.complete import SCRIPTS, script
+
+    if len(args.words) != 1:
+        raise ConfigError(f"completion needs the name of a shell: {', '.join(SCRIPTS)}")
+    print(script(args.words[0]))
+    return 0
+
+
+def _named(words: Sequence[str]) -> tuple[Path, str, list[str]]:
+    """root, the sweep's name (default: the last one) and the other words of a verb that reads a sweep."""
+    from rmsweep import results
+
+    names = [w for w in words if "=" not in w]
+    root = Path(
+        next((w[5:] for w in words if w.startswith("root=")), str(Presets().baseline["root"]))
+    ).expanduser()
+    if len(names) > 1:
+        raise ConfigError(f"one sweep at a time; got {', '.join(names)}")
+    known = sorted(p.parent.name for p in root.glob("sweeps/*/plan.json"))
+    if names and names[0] not in known:
+        raise unknown(f"sweep under root={root}", names[0], known)
+    name = names[0] if names else results.last_sweep(root)
+    if name is None:
+        raise ConfigError(f"no sweep under root={root} yet; `rmsweep run` makes one")
+    return root, name, [w for w in words if "=" in w and not w.startswith("root=")]
+
+
+_REPEATED: dict[str, Any] = {"action": "append", "default": [], "type": Path}
+_COMPOSING: dict[str, dict[str, Any]] = {
+    "--cfg": {"action": "store_true"},
+    "--config-dir": {**_REPEATED, "metavar": "DIR"},
+    "--plugin": {**_REPEATED, "metavar": "FILE.py"},
+    "-m --multirun": {"action": "store_true"},
+}
+FLAGS: dict[str, dict[str, dict[str, Any]]] = {
+    "run": _COMPOSING,
+    "plan": _COMPOSING,
+    "status": {"--json": {"action": "store_true"}},
+    "results": {
+        "--sql": {"metavar": "QUERY"},
+        "--csv": {"action": "store_true"},
+        "--schema": {"action": "store_true"},
+    },
+    "retry": {},
+    "completion": {},
+}
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "plan": _plan,
+    "status": _status,
+    "results": _results,
+    "retry": _retry,
+    "completion": _completion,
 }

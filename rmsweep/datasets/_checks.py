@@ -1,4 +1,4 @@
-"""What the checks of data files share: all problems of a file in one message, values shown short, texts compared."""
+"""What the checks of data files share: all problems in one message, values shown short, texts compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_SHOWN = 60
 
 
 class Problems:
-    """Everything wrong with one file, raised together: the first MAX_LISTED lines and how many more there are."""
+    """Everything wrong with one file, raised together: the first MAX_LISTED and how many more there are."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,7 +42,7 @@ class Problems:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: printable whatever it holds (lone surrogates, NUL), cut at MAX_SHOWN characters."""
+    """A value for a message: printable whatever it holds (lone surrogates, NUL), cut at MAX_SHOWN."""
     text = (
         "missing" if value is None else ascii(value[:MAX_SHOWN] if isinstance(value, str | bytes) else value)
     )
@@ -50,7 +50,7 @@ def shown(value: Any) -> str:
 
 
 def normalised(text: str) -> str:
-    """NFC with runs of whitespace as one space: prompts that agree in this form are the same prompt to a reader."""
+    """NFC with runs of whitespace as one space: prompts that agree in this form are the same to a reader."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 

@@ -1,4 +1,4 @@
-"""Rows of a Parquet or JSON-lines file as plain Python values, a batch at a time and only the columns asked for."""
+"""Rows of a Parquet or JSON-lines file as plain Python values, in batches, only the columns asked for."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Batch(NamedTuple):
 
 
 def column_names(path: Path) -> list[str]:
-    """Names of a file's columns; raises DataError for a file that is missing, empty, unreadable or of another kind."""
+    """Names of a file's columns; DataError if it is missing, empty, unreadable or of another kind."""
     if not path.is_file():
         raise DataError(
             f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; dataset.path=FILE"
         )
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
-            f"{path}: suffix {path.suffix!r} is not known; allowed: {', '.join(SUFFIXES)} (JSON: one per line)"
+            f"{path}: suffix {path.suffix!r} is not known; allowed: {', '.join(SUFFIXES)} (JSON lines)"
         )
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")

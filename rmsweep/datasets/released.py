@@ -1,22 +1,20 @@
-"""The papers' published embeddings: embd_{base_llm}_{embedder}_{task}_{split}.npy with reward_....npy beside them.
+"""The papers' published embeddings: embd_{base_llm}_{embedder}_{task}_{split}.npy and reward_....npy.
 
-Published with axes [P, N, D] (rewards [P, N, 1]) and rank-major [N, P, D] (rewards [N, P], ascending along N);
-the layout is found from the shapes and the order of the rewards. Embeddings are memory-mapped and never copied.
+Published with axes [P, N, D] (rewards [P, N, 1]) and rank-major [N, P, D] (rewards [N, P], rising along N);
+the layout is found from shapes and order of the rewards. Embeddings are mapped and never copied.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
-from rmsweep.bank import SPLITS, Floats, open_npy, write_notes, write_prompts, write_reference
+from rmsweep.bank import SPLITS, Floats, Ints, open_npy, write_notes, write_prompts, write_reference
 from rmsweep.component import component, downstream, silent
 from rmsweep.datasets import BankShape, RewardScale
 from rmsweep.errors import DataError
@@ -34,9 +32,9 @@ SAMPLE_RESPONSES = 256  # responses whose embeddings `shape` looks at
 class Released:
     """Released embeddings and golden rewards of one task, without texts.
 
-    root: the folder of the files. task, embedder_name: as the files spell them (Harmless, Gemma2b); the base LLM's
-    spelling is `base_llm.name`. layout: PND or NPD where the shapes leave it open. reward_scale: the released
-    annotation script divides golden differences by 6 for helpful and by 1 for harmless.
+    root: the folder of the files. task, embedder_name: as the files spell them (Harmless, Gemma2b); the base
+    LLM's spelling is `base_llm.name`. layout: PND or NPD where the shapes leave it open. reward_scale: the
+    released annotation script divides golden differences by 6 for helpful and by 1 for harmless.
     """
 
     uses_size: ClassVar[bool] = False
@@ -53,7 +51,9 @@ class Released:
     def inputs(self, llm: Any, embedder: Any) -> dict[str, Path]:
         """The four files; raises DataError naming every one that is missing."""
         if not self.root:
-            raise DataError("dataset.root is not set; dataset.root=FOLDER holds the files embd_... and reward_...")
+            raise DataError(
+                "dataset.root is not set; dataset.root=FOLDER holds the files embd_... and reward_..."
+            )
         if not NAME.fullmatch(llm.name):
             raise DataError(f"base_llm.name={llm.name!r}: allowed are letters, digits, '_', '-' and '.'")
         root = Path(self.root).expanduser()
@@ -65,29 +65,32 @@ class Released:
         return files
 
     def shape(self, llm: Any, size: Size, embedder: Any) -> BankShape:
-        """Counts per prompt; checks layouts, all rewards and a sample of the embeddings, every problem in one error."""
+        """Counts per prompt; checks layouts, all rewards and some embeddings, every problem in one error."""
         if embedder.kind != "native":
-            raise DataError(f"embedder={embedder.kind} needs texts, released files have none; allowed: native, auto")
+            raise DataError(
+                f"embedder={embedder.kind} needs texts, released files have none; allowed: native, auto"
+            )
         train, test = self._sides(llm)
-        problems = [p for side in (train, test) for p in _problems(side, _sample(side))]
+        problems = [p for side in (train, test) for p in (_bad_rewards(side), _bad_sample(side)) if p]
         if train.embedding.shape[2] != test.embedding.shape[2]:
             dims = [f"{s.path} has D={s.embedding.shape[2]}" for s in (train, test)]
             problems.append(f"{dims[0]}, {dims[1]}: they must be equal")
         if problems:
             raise DataError("\n  ".join(problems))
-        return BankShape(*(np.full(s.golden.shape[0], s.golden.shape[1]) for s in (train, test)), has_texts=False)
+        return BankShape(train.counts, test.counts, has_texts=False)
 
     def generate(self, llm: Any, size: Size, embedder: Any, folder: Path) -> None:
-        """Write golden rewards and references to the embedding files, whose every number is checked, in chunks."""
+        """Write golden rewards and references to the embedding files, every number of which is checked."""
         sides = self._sides(llm)
-        problems = [p for side in sides for p in _problems(side, _chunks(side))]
-        if problems:
+        if problems := [p for side in sides for p in (_bad_rewards(side), _bad_anywhere(side)) if p]:
             raise DataError("\n  ".join(problems))
         for name, side in zip(SPLITS, sides, strict=True):
             np.save(folder / f"golden_{name}.npy", np.ascontiguousarray(side.golden, dtype=np.float32))
             write_reference(folder, name, side.path.resolve(), side.layout)
             write_prompts(folder, name, [f"{name}-{i}" for i in range(len(side.golden))])
-        write_notes(folder, seed=self.seed, layout={name: s.layout for name, s in zip(SPLITS, sides, strict=True)})
+        write_notes(
+            folder, seed=self.seed, layout={name: s.layout for name, s in zip(SPLITS, sides, strict=True)}
+        )
 
     def _sides(self, llm: Any) -> tuple[_Side, _Side]:
         """Both splits, opened and their layouts found; problems of both in one error."""
@@ -104,7 +107,7 @@ class Released:
 
 
 class _Side(NamedTuple):
-    """One split: embedding [P, N, D] (a view of the mapped file), golden [P, N], how the file has its axes."""
+    """One split: embedding [P, N, D] (a view of the mapped file), golden [P, N], the file's layout."""
 
     path: Path
     reward_path: Path
@@ -112,26 +115,95 @@ class _Side(NamedTuple):
     golden: Floats
     layout: Layout
 
+    @property
+    def counts(self) -> Ints:
+        """Responses per prompt, [P]."""
+        return np.full(self.golden.shape[0], self.golden.shape[1], dtype=np.int64)
+
 
 def _open(path: Path, reward_path: Path, layout: str) -> _Side:
     """Open one split's files, check their shapes and bring both to [P, N]."""
     embedding, reward = open_npy(path), open_npy(reward_path)
     shapes = f"{path} {embedding.dtype} {embedding.shape}, {reward_path} {reward.dtype} {reward.shape}"
     if embedding.dtype not in (np.float16, np.float32) or reward.dtype.kind != "f":
-        raise DataError(f"{shapes}; allowed: embeddings float16 or float32, rewards float16, float32 or float64")
+        raise DataError(f"{shapes}; allowed: embeddings float16 or float32, rewards of floating point")
     if reward.ndim == 3 and reward.shape[2] == 1:
         reward = reward[:, :, 0]
     if embedding.ndim != 3 or reward.ndim != 2 or 0 in embedding.shape:
         raise DataError(f"{shapes}; needed: [P, N, D] or [N, P, D] with rewards [P, N, 1], [P, N] or [N, P]")
     if reward.shape not in (embedding.shape[:2], embedding.shape[1::-1]):
-        raise DataError(f"{shapes}: the first two axes do not agree; needed: P and N in either order")
-    found = _layout(embedding, reward, layout, shapes)
-    if reward.shape != embedding.shape[:2]:  # the two files differ in their order of P and N
+        raise DataError(f"{shapes}; the first two axes must agree: P and N, in either order")
+    if reward.shape != embedding.shape[:2]:
         reward = reward.T
+    found = _layout(reward, shapes) if layout == "auto" else layout
     if found == "NPD":
-        embedding, reward = embedding.transpose(1, 0, 2), reward.T
-    return _Side(path, reward_path, embedding, np.asarray(reward), found)
+        return _Side(path, reward_path, embedding.transpose(1, 0, 2), reward.T, "NPD")
+    return _Side(path, reward_path, embedding, reward, "PND")
 
 
-def _layout(embedding: Floats, reward: Floats, layout: str, shapes: str) -> Layout:
-    ...
+def _layout(reward: Floats, shapes: str) -> Layout:
+    """The axes of a file whose rewards are [A, B]: the longer one is P, and sorted rewards rise along N.
+
+    Rank-major files hold the k-th worst response of every prompt at index k. Where A = B that order decides.
+    """
+    a, b = reward.shape
+    by_length = None if a == b else "PND" if a > b else "NPD"
+    rising = [n for n, axis in (("NPD", 0), ("PND", 1)) if reward.shape[axis] > 2 and _rises(reward, axis)]
+    by_order = rising[0] if len(rising) == 1 else None
+    votes = {vote for vote in (by_length, by_order) if vote}
+    if len(votes) != 1:
+        why = (
+            "the longer axis and the order of the rewards disagree" if votes else "both axes are equally long"
+        )
+        raise DataError(f"{shapes}; {why}: dataset.layout=PND or NPD says which axis holds the prompts (P)")
+    return "PND" if "PND" in votes else "NPD"
+
+
+def _rises(reward: Floats, axis: int) -> bool:
+    return bool((np.diff(reward, axis=axis) >= 0).all())
+
+
+def _bad_rewards(side: _Side) -> str | None:
+    """The first golden reward that is not finite in float32, and how many there are."""
+    good = np.abs(side.golden) <= np.finfo(np.float32).max
+    if good.all():
+        return None
+    prompt, response = np.argwhere(~good)[0]
+    value, more = side.golden[prompt, response], int((~good).sum())
+    where = f"{side.reward_path}: golden reward of prompt {prompt}, response {response}"
+    return f"{where}: {value}; allowed: finite numbers ({more} such value{'s' * (more > 1)})"
+
+
+def _bad_sample(side: _Side) -> str | None:
+    """The first embedding that is not finite among a few responses spread over the file."""
+    n_prompts, n_responses, _ = side.embedding.shape
+    rows = np.linspace(0, n_prompts * n_responses - 1, SAMPLE_RESPONSES).astype(np.int64)
+    prompt, response = np.divmod(np.unique(rows), n_responses)
+    good = np.isfinite(side.embedding[prompt, response]).all(axis=1)
+    return None if good.all() else _bad_embedding(side, prompt[~good][0], response[~good][0])
+
+
+def _bad_anywhere(side: _Side) -> str | None:
+    """The first embedding that is not finite, reading the file once in chunks of CHUNK_BYTES."""
+    _, n_responses, dim = side.embedding.shape
+    step = max(1, CHUNK_BYTES // (n_responses * dim * side.embedding.itemsize))
+    for start in range(0, len(side.embedding), step):
+        good = np.isfinite(side.embedding[start : start + step]).all(axis=2)
+        if not good.all():
+            prompt, response = np.argwhere(~good)[0]
+            return _bad_embedding(side, start + prompt, response)
+    return None
+
+
+def _bad_embedding(side: _Side, prompt: int, response: int) -> str:
+    return f"{side.path}: the embedding of prompt {prompt}, response {response} holds NaN or infinity"
+
+
+def _neighbours(root: Path) -> str:
+    """What stands in the folder instead, for the message about missing files."""
+    if not root.is_dir():
+        return f"; dataset.root={root} is no folder"
+    names = sorted(path.name for path in root.glob("embd_*.npy"))[:8]
+    return (
+        f"; {root} holds {', '.join(names) or 'no embd_*.npy'} (base_llm.name, dataset.embedder_name, task)"
+    )

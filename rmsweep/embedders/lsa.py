@@ -4,8 +4,8 @@
 
 TF-IDF = (1 + log tf) (1 + log((1 + n) / (1 + df))), rows NOT normalised: how long a response is belongs to
 the signal. a, b make the mean squared row norm of each block 1; V holds the leading right singular vectors of
-the training rows; s makes the mean square of all training coordinates 1. Coordinates are not whitened: leading
-ones are larger. (Deerwester et al. 1990, "Indexing by latent semantic analysis".)
+the training rows; s makes the mean square of all training coordinates 1. Coordinates are not whitened:
+leading ones are larger. (Deerwester et al. 1990, "Indexing by latent semantic analysis".)
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 from pydantic import Field
-from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.utils.extmath import randomized_svd
 
 from rmsweep.component import component
 from rmsweep.errors import DataError
@@ -29,6 +29,7 @@ Array = NDArray[np.float32]
 Count = Annotated[int, Field(ge=1)]
 CHUNK_TEXTS = 2048
 POWER_ITERATIONS = 3  # of the randomised SVD; 5 change nothing measurable
+NO_TERMS = ("empty vocabulary", "no terms remain", "documents than min_df")  # scikit-learn's messages
 
 
 @component("embedder", version=1)
@@ -37,10 +38,10 @@ class Lsa:
     """Text features fitted on training responses only.
 
     dim: D; fewer where the training texts or their terms are fewer. text: `response` (a prompt's own part is
-    the same for all its responses, so it cannot rank them) or `prompt_and_response` in one text. word_features
-    (1-2 grams) and char_features (3-5 grams within words): the most frequent ones; 0 leaves a block out.
-    min_df: least number of texts that hold a term. fit_rows: vocabulary, IDF and SVD come from so many training
-    texts at most, a random choice.
+    the same for all its responses, so it cannot rank them) or `prompt_and_response` in one text.
+    word_features (1-2 grams) and char_features (3-5 grams within words): the most frequent ones; 0 leaves a
+    block out. min_df: least number of texts that hold a term. fit_rows: vocabulary, IDF and SVD come from so
+    many training texts at most, a random choice.
     """
 
     dim: Count = 256
@@ -101,10 +102,10 @@ class _Fitted(NamedTuple):
         factors = [float(np.sqrt(len(texts) / block.power(2).sum(dtype=np.float64))) for block in blocks]
         terms = _stacked(blocks, factors)
         dim = min(config.dim, *terms.shape)
-        svd = TruncatedSVD(dim, n_iter=POWER_ITERATIONS, random_state=int(rng.integers(2**31)))
-        embedding = svd.fit_transform(terms)
-        scale = 1 / np.sqrt(np.square(embedding, dtype=np.float64).mean())
-        return cls(vectorizers, factors, (svd.components_.T * scale).astype(np.float32)), terms
+        seed = int(rng.integers(2**31))
+        _, singular, right = randomized_svd(terms, dim, n_iter=POWER_ITERATIONS, random_state=seed)
+        scale = np.sqrt(len(texts) * dim / np.square(singular, dtype=np.float64).sum())
+        return cls(vectorizers, factors, (right.T * scale).astype(np.float32)), terms
 
     def embed(self, texts: list[str]) -> Array:
         """Embeddings [len(texts), D], a chunk of texts at a time."""
@@ -122,8 +123,8 @@ def _vectorized(config: Lsa, texts: list[str]) -> tuple[list[TfidfVectorizer], l
     for vectorizer in config._vectorizers():
         try:
             found.append((vectorizer, vectorizer.fit_transform(texts)))
-        except ValueError as error:  # scikit-learn: "empty vocabulary", "no terms remain"
-            if not any(words in str(error) for words in ("empty vocabulary", "no terms remain")):
+        except ValueError as error:
+            if not any(words in str(error) for words in NO_TERMS):
                 raise
     if not found:
         raise DataError(

@@ -60,10 +60,15 @@ class RewardModel(Protocol):
         ...
 
 
-def score_in_chunks(split: Split, score_rows: Callable[[Floats], Floats]) -> NDArray[np.float32]:
-    """Proxy rewards [P, N], streaming the embeddings as float32 [rows, D] through `score_rows` -> [rows]."""
+def score_in_chunks(
+    split: Split, score_rows: Callable[[Floats], Floats], dtype: type[np.floating[Any]] | None = np.float32
+) -> NDArray[np.float32]:
+    """Proxy rewards [P, N], streaming the embeddings [rows, D] through `score_rows` -> [rows].
+
+    dtype: what the embeddings are cast to, null for the bank's own fp16 or fp32.
+    """
     scores = np.zeros(split.golden.shape, dtype=np.float32)
     for part in split.chunks():
-        block = np.asarray(split.embedding[part], dtype=np.float32)
+        block = np.asarray(split.embedding[part], dtype=dtype)
         scores[part] = score_rows(block.reshape(-1, split.dim)).reshape(scores[part].shape)
     return scores

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch.nn.functional import binary_cross_entropy
 
-from rmsweep.bank import Ints, Split
+from rmsweep.bank import Floats, Ints, Split
 from rmsweep.errors import Diverged
 from rmsweep.objectives import Objective
 from rmsweep.protocols import Examples, Schedule, SplitExamples
+from rmsweep.reward_models import Compute
 
 VALIDATION_ROWS = 8192
 
@@ -48,12 +49,12 @@ class Loss:
     network: torch.nn.Module
     objective: Objective
     split: Split
-    device: str
+    compute: Compute
     clamped_sigmoid: bool
 
     def __call__(self, examples: Examples) -> torch.Tensor:
         """Scalar mean loss over the examples."""
-        target = torch.from_numpy(examples.target).to(self.device)
+        target = torch.from_numpy(examples.target).to(self.compute.device)
         if examples.second is None:
             reward = self.reward(examples.first)
             return self._binary(reward, target) if self.clamped_sigmoid else self._rows(reward, target)
@@ -64,7 +65,7 @@ class Loss:
 
     def reward(self, rows: Ints) -> torch.Tensor:
         """Proxy rewards [len(rows)] of flat bank rows."""
-        return self.network(torch.from_numpy(self.split.gather(rows)).to(self.device)).squeeze(-1)
+        return forward(self.network, self.split.gather(rows, dtype=None), self.compute)
 
     def _rows(self, reward: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return self.objective.row_loss(reward, target).mean()  # type: ignore[attr-defined, no-any-return]
@@ -73,6 +74,15 @@ class Loss:
     def _binary(logit: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of sigma(logit) with log clamped at -100, as released."""
         return binary_cross_entropy(torch.sigmoid(logit), target)
+
+
+def forward(network: torch.nn.Module, embedding: Floats, compute: Compute) -> torch.Tensor:
+    """Proxy rewards [R], float32, of embeddings [R, D]: products in fp32, or in bf16 with fp32 weights and sums."""
+    low = compute.precision == "bf16"
+    rows = torch.from_numpy(np.require(embedding, requirements=["C", "W"])).to(compute.device)  # memory maps are read-only
+    with torch.autocast(compute.device, torch.bfloat16, enabled=low):
+        reward: torch.Tensor = network(rows.to(torch.bfloat16 if low else torch.float32))
+    return reward.squeeze(-1).float()
 
 
 def train_network(loss: Loss, examples: SplitExamples, schedule: Schedule, rng: np.random.Generator) -> History:

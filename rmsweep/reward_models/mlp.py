@@ -15,8 +15,8 @@ from pydantic import Field
 from rmsweep.bank import Floats, Split
 from rmsweep.component import component, nested
 from rmsweep.datasets import BankShape
-from rmsweep.reward_models import TrainingData, score_in_chunks
-from rmsweep.reward_models._training import Loss, train_network
+from rmsweep.reward_models import Compute, TrainingData, score_in_chunks
+from rmsweep.reward_models._training import Loss, forward, train_network
 
 PAPER_HIDDEN = (1024, 512)
 ACTIVATIONS: dict[str, type[torch.nn.Module]] = {"relu": torch.nn.ReLU, "gelu": torch.nn.GELU, "tanh": torch.nn.Tanh}
@@ -44,9 +44,9 @@ class MLP:
         schedule = data.protocol.schedule(len(examples.train), self.objective.pointwise)
         widths = (data.split.dim, *(PAPER_HIDDEN if self.hidden is None else self.hidden), 1)
         network = build_network(widths, self.activation, data.streams("init")).to(data.compute.device)
-        loss = Loss(network, self.objective, data.split, data.compute.device, schedule.clamped_sigmoid)
+        loss = Loss(network, self.objective, data.split, data.compute, schedule.clamped_sigmoid)
         history = train_network(loss, examples, schedule, data.streams("order"))
-        return FittedMLP(network, data.compute.device, history.summary(examples))
+        return FittedMLP(network, data.compute, history.summary(examples))
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,19 +54,18 @@ class FittedMLP:
     """A trained network."""
 
     network: torch.nn.Module
-    device: str
+    compute: Compute
     history: Mapping[str, float | int | None]
 
     def score(self, split: Split) -> NDArray[np.float32]:
         """Proxy rewards [P, N] (logits)."""
         self.network.eval()
-        return score_in_chunks(split, self.score_rows)
+        return score_in_chunks(split, self.score_rows, dtype=None)
 
     @torch.no_grad()
     def score_rows(self, embedding: Floats) -> Floats:
-        """Proxy rewards [R] of float32 embeddings [R, D]."""
-        reward = self.network(torch.from_numpy(embedding).to(self.device)).squeeze(-1)
-        return np.asarray(reward.cpu().numpy())
+        """Proxy rewards [R] of embeddings [R, D]."""
+        return np.asarray(forward(self.network, embedding, self.compute).cpu().numpy())
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Weights and biases by layer."""

@@ -1,0 +1,57 @@
+"""The length baseline: a longer response is a better one. No training; what any reward model must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rmsweep.bank import Split
+from rmsweep.component import component
+from rmsweep.datasets import BankShape
+from rmsweep.errors import DesignError
+from rmsweep.reward_models import TrainingData
+
+NEEDS_TEXTS = "needs the responses' texts, which this bank does not have"
+
+
+@component("reward_model", version=1)
+@dataclass(frozen=True)
+class Length:
+    """score = number of characters (Unicode code points) of the response."""
+
+    def skip(self, shape: BankShape) -> str | None:
+        """Runs on banks with texts only."""
+        return None if shape.has_texts else f"reward_model length {NEEDS_TEXTS}"
+
+    def fit(self, data: TrainingData) -> FittedLength:
+        """Nothing to fit."""
+        return FittedLength({**NO_TRAINING, "n_train": 0, "n_validation": 0})
+
+
+@dataclass(frozen=True, eq=False)
+class FittedLength:
+    """The baseline itself."""
+
+    history: Mapping[str, float | int | None]
+
+    def score(self, split: Split) -> NDArray[np.float32]:
+        """Characters of every response [P, N]; 0 at padding. Raises DesignError on a bank without texts."""
+        scores = np.zeros(split.golden.shape, dtype=np.float32)
+        if split.response is None:
+            raise DesignError(f"reward_model length {NEEDS_TEXTS}")
+        for prompt, responses in enumerate(split.response):
+            scores[prompt, : len(responses)] = [len(text) for text in responses]
+        return scores
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Nothing to keep."""
+        return {}
+
+
+NO_TRAINING: dict[str, float | int | None] = dict.fromkeys(
+    ("epochs", "best_epoch", "train_loss", "validation_loss", "l2")
+)

@@ -1,0 +1,375 @@
+"""The command line: verbs, exit codes, tables, completion; execution itself is replaced by a fake."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from conftest import PRESETS
+
+pytest.importorskip("rmsweep.engines.local")
+
+import rmsweep
+from rmsweep import plugins
+from rmsweep.cli import device, main, render
+from rmsweep.cli.complete import candidates, script
+from rmsweep.component import build, identity
+from rmsweep.errors import ConfigError, StoreError
+from rmsweep.grid import describe
+from rmsweep.plan import make
+from rmsweep.reward_models import Compute
+
+
+def run_python(code, *args):
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
+
+
+def test_help_is_quick_and_complete(capsys):
+    """Catches a group, option or key that --help hides."""
+    assert main(["--help"]) == 0 and main(["run", "--help"]) == 0
+    text = capsys.readouterr().out
+    for group in PRESETS.groups:
+        assert all(option in text for option in [group, *PRESETS.options(group)])
+    assert all(
+        key in text
+        for key in ("n_annotations", "tilt_tau", "pairs_per_prompt", "--config-dir", "sweep.exclude")
+    )
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["run", "--help"], ["complete", "run", "reward_model.", "x="]])
+def test_light_verbs_load_nothing_heavy(argv):
+    """Catches an import that makes --help or the Tab key take seconds."""
+    code = (
+        "import sys; from rmsweep.cli import main; main(sys.argv[1:]); "
+        "heavy = {'torch', 'hydra', 'pandas', 'sklearn', 'lightgbm', 'scipy', 'duckdb'} & set(sys.modules); "
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = run_python(code, *argv)
+    assert done.returncode == 0, done.stderr
+
+
+def test_plan_counts_and_writes_nothing(tmp_path, capsys):
+    """Catches a plan that touches the disk, or loses skipped cells and their reasons."""
+    root = tmp_path / "out"
+    words = [
+        "size=tiny",
+        "reward_model=bt_mlp,length",
+        "seed=0,1",
+        "n_annotations=100,999999",
+        f"root={root}",
+    ]
+    assert main(["plan", *words]) == 0
+    text = capsys.readouterr().out
+    assert "8 cells" in text and "2 new" in text and "6 skipped" in text
+    assert "skipped 2: n_annotations=999999" in text and "1 banks, 2 sets of annotations, 2 models" in text
+    assert "device cpu, precision fp32" in text and "core-hours: not known yet" in text and "free" in text
+    assert not root.exists()
+
+
+def test_plan_without_the_data(tmp_path, capsys):
+    """`plan` needs no data; `run` does (exit 1, nothing written)."""
+    root = tmp_path / "out"
+    words = ["dataset=table", f"dataset.path={tmp_path}/absent.parquet", "seed=0,1", f"root={root}"]
+    assert main(["plan", *words]) == 0
+    assert "identities unknown" in capsys.readouterr().out
+    assert main(["run", *words]) == 1
+    assert "absent.parquet" in capsys.readouterr().err and not root.exists()
+
+
+def test_cfg(capsys):
+    """--cfg prints YAML and runs nothing; -m is accepted."""
+    assert main(["run", "-m", "beta=3,5", "--cfg", "size=tiny"]) == 0
+    assert "beta: 3\n" in capsys.readouterr().out
+
+
+BAD = [
+    (["run", "bata=1"], "beta"),
+    (["run", "reward_model=bt_mpl"], "bt_mlp"),
+    (["run", "beta=abc"], "valid number"),
+    (["run", "beta=-1"], "greater than or equal to 0"),
+    (["run", "beta=nan"], "NaN"),
+    (["run", "beta=1,-1"], "greater than or equal to 0"),
+    (["run", "seed=1.5"], "valid integer"),
+    (["run", "seed=true"], "valid integer"),
+    (["run", "error_rate=0.5"], "less than 0.5"),
+    (["run", "beta=1", "error_rate=0.2"], "exclude each other"),
+    (["run", "n_annotations=0"], "greater than or equal to 1"),
+    (["run", "n_annotations=99999999"], "at most"),
+    (["run", "candidates=../../etc/passwd"], "never a path"),
+    (["run", "dataset.path=${oc.env:HOME}"], "not allowed"),
+    (["run", "+_target_=os.system"], "_target_"),
+    (["run", "root=a,b"], "no axis"),
+    (["run", "device=gpu"], "auto, cpu, cuda"),
+    (["run", "precision=fp8"], "fp32"),
+    (["run", "keep=all"], "scores"),
+    (["run", "sweep.name=a/b"], "letters"),
+    (["run", "base_llm=table"], "does not go with"),
+    (["run", "engine=slurmm"], "local"),
+    (["run", "--bogus"], "--bogus"),
+    (["run", "--config-dir", "/no/such"], "does not exist"),
+    (["run", "--plugin", "/no/such.py"], "no such Python file"),
+    (["rnu"], "run"),
+    (["completion", "fish"], "bash"),
+]
+
+
+@pytest.mark.parametrize(("argv", "allowed"), BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input(argv, allowed, tmp_path, capsys, monkeypatch):
+    """One message that names what is allowed, exit 1, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 1
+    captured = capsys.readouterr()
+    assert allowed in captured.err and "Traceback" not in captured.err and captured.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_users_own_groups(tmp_path, capsys):
+    """--config-dir adds options and sweeps; a mistake in them names the file."""
+    (tmp_path / "reward_model").mkdir()
+    (tmp_path / "sweep" / "mine").mkdir(parents=True)
+    (tmp_path / "reward_model" / "wide.yaml").write_text("kind: mlp\nhidden: [64]\n")
+    (tmp_path / "sweep" / "mine" / "first.yaml").write_text(
+        "name: first\naxes: {reward_model: [wide], seed: [0, 1]}\n"
+    )
+    folder = ["--config-dir", str(tmp_path)]
+    assert main(["plan", "sweep=mine/first", *folder, f"root={tmp_path}/o"]) == 0
+    assert "sweep first: 2 cells" in capsys.readouterr().out
+    (tmp_path / "reward_model" / "wide.yaml").write_text("kind: mlp\nhiden: [64]\n")
+    assert main(["plan", "sweep=mine/first", *folder]) == 1
+    assert "hiden" in capsys.readouterr().err
+    (tmp_path / "reward_model" / "wide.yaml").write_text("kind: mlp\nhidden: ${oc.env:HOME}\n")
+    assert main(["plan", "sweep=mine/first", *folder]) == 1
+    assert "wide.yaml" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_silent():
+    """`rmsweep ... | head -1` ends without a traceback."""
+    code = "import sys; from rmsweep.cli import main; sys.exit(main(['run', '--help']))"
+    command = f'{sys.executable} -c "{code}" | true'
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120
+    )
+    assert done.stderr == "" and done.returncode == 0
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch):
+    """Catches a bug hidden behind a friendly message."""
+    monkeypatch.setattr("rmsweep.cli.verbs.VERBS", {"plan": lambda args: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
+        main(["plan"])
+
+
+# -- tables ------------------------------------------------------------------------------------------------
+
+
+def tiny_plan(**node):
+    return make(describe({"set": {"size": "tiny"}, **node}), PRESETS)
+
+
+def test_improvement_table():
+    """Mean and standard error over seeds against numbers worked out by hand; lost cells are not zero."""
+    plan = tiny_plan(axes={"reward_model": ["bt_mlp", "clf_mlp"], "beta": [1, 3], "seed": [0, 1, 2]})
+    values = [1.0, 2.0, 3.0, 4.0, 4.0, 4.0, 0.5, None, 1.5, float("nan"), None, None]
+    text = render.improvement_table([{"golden_improvement": v} for v in values], plan.cells, width=100)
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[1] == ["beta", "bt_mlp", "clf_mlp"]
+    assert lines[2] == ["1", *["2.000", "±", "0.577"], *["1.000", "±", "0.500"]]
+    assert lines[3] == ["3", *["4.000", "±", "0.000"], "-"] and "4 cells without a value" in text
+
+
+def test_the_table_is_capped_and_fits():
+    """Catches a terminal flooded by a big grid, and lines wider than it."""
+    models = ["bt_mlp", "clf_mlp", "clf_lgb"]
+    plan = tiny_plan(axes={"reward_model": models, "n_annotations": list(range(1, 51))})
+    text = render.improvement_table([{"golden_improvement": 1.0}] * 150, plan.cells, width=32)
+    assert "10 more rows" in text and max(map(len, text.splitlines()[1:-1])) <= 32
+    assert all(name in text for name in models)
+
+
+def test_plan_text_states():
+    """Catches states counted for the wrong cells."""
+    plan = tiny_plan(axes={"seed": [0, 1, 2]}, exclude=[{"seed": 2}])
+    states = {plan.cells[0].fingerprint: "done", plan.cells[1].fingerprint: "failed"}
+    text = render.plan_text(plan, states)
+    assert (
+        "3 cells  (0 new, 1 done, 1 failed, 1 skipped)" in text
+        and "excluded by sweep.exclude: seed=2" in text
+    )
+    assert "not known" in render.cost_text(plan, {}, {})
+    assert "core-hours: 2" in render.cost_text(plan, {}, {"bt_mlp": 3600.0})
+
+
+# -- run ---------------------------------------------------------------------------------------------------
+
+
+def fake_execution(monkeypatch, **summary):
+    """`rmsweep.execute` that records its call and gives `summary`."""
+    calls = []
+
+    def run(plan, root, engine, *, progress=True, retry=frozenset()):
+        calls.append((plan, root, engine, retry))
+        given = {
+            "counts": {"done": len(plan.cells)},
+            "n_computed": 1,
+            "results": root / "r",
+            "interrupted": None,
+        }
+        return types.SimpleNamespace(**{**given, **summary})
+
+    fake = types.ModuleType("rmsweep.execute")
+    fake.run = run
+    monkeypatch.setitem(sys.modules, "rmsweep.execute", fake)
+    monkeypatch.setattr(rmsweep, "execute", fake, raising=False)
+    monkeypatch.setattr("rmsweep.cli.verbs._table", lambda plan, results: "TABLE")
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("summary", "code"),
+    [({}, 0), ({"counts": {"done": 1, "skipped": 1}}, 0), ({"counts": {"done": 1, "failed": 1}}, 2),
+     ({"counts": {"diverged": 1}}, 2)],
+)  # fmt: skip
+def test_run_exit_codes(summary, code, tmp_path, monkeypatch, capsys):
+    """Catches a failed cell behind exit 0, and a skipped one that fails a run."""
+    calls = fake_execution(monkeypatch, **summary)
+    assert main(["run", "size=tiny", "seed=0,1", f"root={tmp_path}", "engine.workers=1"]) == code
+    ((plan, root, engine, retry),) = calls
+    assert len(plan.cells) == 2 and root == tmp_path and engine.workers == 1 and not retry
+    out = capsys.readouterr().out
+    assert "TABLE" in out and f"results: {tmp_path / 'r'}" in out and "2 cells" in out
+
+
+def test_run_refuses_what_the_disk_cannot_hold(tmp_path, monkeypatch, capsys):
+    """Exit 3 before anything is computed."""
+    calls = fake_execution(monkeypatch)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    assert main(["run", "size=tiny", "seed=0", f"root={tmp_path}"]) == StoreError.exit_code
+    assert "DOES NOT FIT" in capsys.readouterr().err and calls == []
+    assert main(["plan", "size=tiny", "seed=0", f"root={tmp_path}"]) == 0
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+# -- plug-ins, device, completion --------------------------------------------------------------------------
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from rmsweep.component import component
+
+@component({group!r}, kind={kind!r})
+@dataclass(frozen=True)
+class Mine:
+    pointwise = False
+    scale: float = {scale}
+"""
+
+
+def test_plugins_enter_the_identity(tmp_path):
+    """Catches results of an edited loss served for the new one."""
+    seen = []
+    for number, scale in enumerate((1.0, 2.0)):
+        file = tmp_path / f"p{number}.py"
+        file.write_text(PLUGIN.format(group="objective", kind=f"test_cli_mine{number}", scale=scale))
+        sha = plugins.load(file)
+        assert plugins.load(file) == sha
+        found = identity(build("objective", f"test_cli_mine{number}"))
+        assert found["code"] == sha
+        seen.append(found["code"])
+    assert len(set(seen)) == 2
+
+
+def test_plugins_must_not_replace_what_exists(tmp_path):
+    """Catches a plug-in that gives `bradley_terry` another meaning, and unclear import errors."""
+    taken = tmp_path / "taken.py"
+    taken.write_text(PLUGIN.format(group="annotator", kind="bradley_terry", scale=1.0))
+    with pytest.raises(ConfigError, match=r"exists already|two components claim"):
+        plugins.load(taken)
+    broken = tmp_path / "broken.py"
+    broken.write_text("import no_such_module")
+    with pytest.raises(ConfigError, match=r"broken\.py: ModuleNotFoundError"):
+        plugins.load(broken)
+    with pytest.raises(ConfigError, match="no such Python file"):
+        plugins.load(tmp_path / "absent.py")
+
+
+def test_device(monkeypatch):
+    """auto follows the existing plan, else the machine; cuda without a GPU is bad input."""
+    monkeypatch.setattr(device, "has_cuda", lambda: False)
+    assert device.resolve_compute("auto", "auto") == Compute("cpu", "fp32")
+    with pytest.raises(ConfigError, match="no NVIDIA GPU"):
+        device.resolve_compute("cuda", "fp32")
+    with pytest.raises(ConfigError, match="no NVIDIA GPU"):
+        device.resolve_compute("auto", "fp32", Compute("cuda", "fp32"))
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    assert device.resolve_compute("auto", "fp32").device == "cuda"
+    assert device.resolve_compute("auto", "fp32", Compute("cpu", "fp32")).device == "cpu"
+
+
+def test_cuda_is_asked_of_the_driver(monkeypatch, tmp_path):
+    """Catches a hidden GPU that is taken, and a machine without the tool."""
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: Fake (UUID: GPU-1)'\n")
+    tool.chmod(0o755)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert device.has_cuda()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not device.has_cuda()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    tool.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not device.has_cuda()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["pl"], ["plan"]),
+        (["run", "pairing="], ["pairing=cross_prompt", "pairing=same_prompt"]),
+        (["run", "candidates=random,s"], ["candidates=random,similar"]),
+        (["plan", "sweep=paper/qual"], ["sweep=paper/quality"]),
+        (["run", "pairs"], ["pairs_per_prompt="]),
+        (["run", "evaluate.ti"], ["evaluate.tilt_tau="]),
+        (["run", "reward_model.hid"], ["reward_model.hidden="]),
+        (["run", "dataset=table", "dataset.pa"], ["dataset.path="]),
+        (["run", "size.quan"], ["size.quantities="]),
+        (["run", "~bet"], ["~beta"]),
+        (["run", "device="], ["device=auto", "device=cpu", "device=cuda"]),
+        (["run", "--conf"], ["--config-dir"]),
+        (["completion", ""], ["bash", "zsh"]),
+        (["run", "nonsense="], []),
+        (["nonsense", ""], []),
+    ],
+)
+def test_completion(words, expected):
+    """Catches candidates that the command line would then refuse."""
+    assert candidates(words) == expected
+
+
+def test_completed_keys_are_accepted():
+    """Every key that completion offers for the baseline is known to the grid."""
+    from rmsweep.grid import Grid
+
+    grid = Grid(describe({}), PRESETS)
+    for group in ("reward_model", "protocol", "dataset", "candidates", "size", "error_rate", "evaluate"):
+        offered = [key.rstrip("=") for key in candidates(["run", f"{group}."])]
+        assert offered or group == "candidates"
+        for key in offered:
+            grid.check_key(key)
+
+
+def test_completion_in_bash(tmp_path):
+    """The script itself, in a real bash: words split at '=' as readline does."""
+    (tmp_path / "rmsweep").write_text(f'#!/bin/sh\nexec {sys.executable} -m rmsweep "$@"\n')
+    (tmp_path / "rmsweep").chmod(0o755)
+    line = "rmsweep run candidates=random,si"
+    words = "COMP_WORDS=(rmsweep run candidates = random,si) COMP_CWORD=4"
+    call = f'COMP_LINE="{line}" COMP_POINT={len(line)}\n{words}\n_rmsweep\nprintf "%s\\n" "${{COMPREPLY[@]}}"'
+    code = f"{script('bash')}\n{call}"
+    done = subprocess.run(
+        ["bash", "-c", code], capture_output=True, text=True, timeout=120,
+        cwd=Path(rmsweep.__file__).parents[1],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+    )  # fmt: skip
+    assert done.stdout.split() == ["random,similar"], done.stderr
