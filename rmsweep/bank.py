@@ -247,8 +247,7 @@ def _checked_split(
     golden, embedding = np.asarray(golden), np.asanyarray(embedding)
     if golden.ndim != 2 or embedding.ndim != 3 or embedding.shape[:2] != golden.shape:
         raise DataError(
-            f"golden_{name} has shape {golden.shape}, embedding_{name} {embedding.shape}; "
-            "needed: [P, N] and [P, N, D]"
+            f"golden_{name} has shape {golden.shape}, embedding_{name} {embedding.shape}; needed: [P, N] and [P, N, D]"
         )
     if golden.dtype.kind not in "fiu" or embedding.dtype.kind != "f":
         raise DataError(f"{name}: golden is {golden.dtype}, embedding {embedding.dtype}; needed: real numbers")

@@ -98,17 +98,9 @@ def describe(node: Mapping[str, Any], where: str = "sweep") -> Sweep:
         name=None if name is None else check_name(str(name)),
         note=str(note),
         set=_aliased(_mapping(given.get("set", {}), f"{where}.set")),
-        axes={
-            k: _axis(f"{where}.axes.{k}", v)
-            for k, v in _aliased(given.get("axes", {}), f"{where}.axes").items()
-        },
-        paired=tuple(
-            _paired(f"{where}.paired", p) for p in _list(given.get("paired", []), f"{where}.paired")
-        ),
-        when={
-            k: _aliased(v, f"{where}.when.{k}")
-            for k, v in _aliased(given.get("when", {}), f"{where}.when").items()
-        },
+        axes={k: _axis(f"{where}.axes.{k}", v) for k, v in _aliased(given.get("axes", {}), f"{where}.axes").items()},
+        paired=tuple(_paired(f"{where}.paired", p) for p in _list(given.get("paired", []), f"{where}.paired")),
+        when={k: _aliased(v, f"{where}.when.{k}") for k, v in _aliased(given.get("when", {}), f"{where}.when").items()},
         exclude=tuple(
             _aliased(rule, f"{where}.exclude") for rule in _list(given.get("exclude", []), f"{where}.exclude")
         ),
@@ -161,10 +153,7 @@ def derived_name(sweep: Sweep, extra: Sequence[str] = ()) -> str:
     readable = re.sub(r"[^A-Za-z0-9._]+", "-", "_".join(words)).strip("-._")[:80].rstrip("-._") or "baseline"
     grid = {
         "set": {k: _plain_number(v) for k, v in sweep.set.items()},
-        "axes": {
-            k: sorted(map(repr, _plain_number(v))) if isinstance(v, list) else v
-            for k, v in sweep.axes.items()
-        },
+        "axes": {k: sorted(map(repr, _plain_number(v))) if isinstance(v, list) else v for k, v in sweep.axes.items()},
         "paired": [_plain_number(p) for p in sweep.paired],
         "when": _plain_number(sweep.when),
         "exclude": _plain_number(list(sweep.exclude)),
@@ -179,9 +168,7 @@ class Grid:
     def __init__(self, sweep: Sweep, presets: Presets) -> None:
         self.sweep, self.presets = sweep, presets
         if "beta" in sweep.keys and {"error_rate", "error_rate.value"} & set(sweep.keys):
-            raise ConfigError(
-                "beta and error_rate exclude each other: error_rate is solved for beta; give one of them"
-            )
+            raise ConfigError("beta and error_rate exclude each other: error_rate is solved for beta; give one of them")
         twice = [k for k in sweep.keys if sweep.keys.count(k) > 1]
         if twice:
             raise ConfigError(f"{twice[0]!r} stands twice among set, axes and paired; give it once")
@@ -198,9 +185,7 @@ class Grid:
     def cells(self) -> Iterator[GridCell]:
         """All cells in grid order: the first axis varies slowest, conditional axes fastest."""
         if self.n_upper > MAX_CELLS:
-            raise ConfigError(
-                f"this grid has {self.n_upper:,} cells; allowed are {MAX_CELLS:,}: split the sweep"
-            )
+            raise ConfigError(f"this grid has {self.n_upper:,} cells; allowed are {MAX_CELLS:,}: split the sweep")
         for rows in itertools.product(*(block.rows for block in self._static)):
             point = {
                 k: v
@@ -288,9 +273,7 @@ class Grid:
         if part not in self._known_llms:
             node = self._node("dataset", part, lambda key: merged[key])
             try:
-                own = (
-                    () if isinstance(node, ConfigError) else tuple(component.build("dataset", node).base_llms)
-                )
+                own = () if isinstance(node, ConfigError) else tuple(component.build("dataset", node).base_llms)
             except ConfigError:
                 own = ()
             self._known_llms[part] = own
@@ -311,9 +294,7 @@ class Grid:
             node: Any = self.presets.baseline[group] if group in NODES else self.presets.node(group, option)
             try:
                 for key, _ in settings:
-                    node = with_value(
-                        node, key.split(".")[1:], value(key), f"{group} {option or ''}".strip(), key
-                    )
+                    node = with_value(node, key.split(".")[1:], value(key), f"{group} {option or ''}".strip(), key)
             except ConfigError as error:
                 node = error
             self._nodes[group, part] = node
@@ -357,9 +338,7 @@ class Grid:
             raise unknown("key", key, self.known_keys())
         for value in values:
             if _has_nan(value):
-                raise ConfigError(
-                    f"{key}={value}: NaN is no setting; allowed are numbers, and inf for some keys"
-                )
+                raise ConfigError(f"{key}={value}: NaN is no setting; allowed are numbers, and inf for some keys")
         if group in CELL_GROUPS and not rest:
             for option in values:
                 check_option(self.presets, group, option)
@@ -380,9 +359,7 @@ class Grid:
         """Keys that can be set: all, or those of the chosen options of one group."""
         if group is None:
             return [*CELL_GROUPS, *VALUES, *NODES, *NOT_AXES]
-        return sorted(
-            {f"{group}.{path}" for node in self._chosen(group) for path in paths(node)} - {f"{group}.kind"}
-        )
+        return sorted({f"{group}.{path}" for node in self._chosen(group) for path in paths(node)} - {f"{group}.kind"})
 
 
 def check_option(presets: Presets, group: str, option: Any) -> None:
@@ -406,14 +383,10 @@ def with_value(node: dict[str, Any], path: Sequence[str], value: Any, where: str
         return _merged(node, value, key)
     head, *rest = path
     if head not in node:
-        raise ConfigError(
-            f"{key}: {where} has no such key; it has {', '.join(sorted(set(node) - {'kind'})) or 'none'}"
-        )
+        raise ConfigError(f"{key}: {where} has no such key; it has {', '.join(sorted(set(node) - {'kind'})) or 'none'}")
     old = node[head]
     if rest and not isinstance(old, dict):
-        raise ConfigError(
-            f"{key}: {key.split('.')[-len(rest) - 1]} of {where} is the value {old!r}, it has no keys"
-        )
+        raise ConfigError(f"{key}: {key.split('.')[-len(rest) - 1]} of {where} is the value {old!r}, it has no keys")
     new = with_value(old, rest, value, where, key) if rest else _merged(old, value, key)
     return {**node, head: new}
 
@@ -432,9 +405,7 @@ def _merged(old: Any, new: Any, key: str) -> Any:
     if isinstance(old, dict) and isinstance(new, dict):
         return {**old, **{k: _merged(old.get(k), v, key) for k, v in new.items()}}
     if isinstance(old, dict):
-        raise ConfigError(
-            f"{key}={new!r}: needs a mapping of {', '.join(old) or 'names'}; write {key}.NAME=VALUE"
-        )
+        raise ConfigError(f"{key}={new!r}: needs a mapping of {', '.join(old) or 'names'}; write {key}.NAME=VALUE")
     return new
 
 
@@ -493,9 +464,7 @@ def _paired(where: str, pair: Any) -> dict[str, list[Any]]:
     lists = {k: _list(v, f"{where}.{k}") for k, v in _aliased(pair, where).items()}
     if len({len(v) for v in lists.values()}) != 1 or not next(iter(lists.values())):
         lengths = ", ".join(f"{k}: {len(v)}" for k, v in lists.items())
-        raise ConfigError(
-            f"{where}: paired axes need equally many values, at least one; got {lengths or 'no axis'}"
-        )
+        raise ConfigError(f"{where}: paired axes need equally many values, at least one; got {lengths or 'no axis'}")
     return lists
 
 

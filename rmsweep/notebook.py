@@ -108,7 +108,7 @@ def sweep(
     *,
     objectives: Mapping[str, LossFunction] | None = None,
     bank: Bank | None = None,
-    set: Mapping[str, Any] | None = None,  # noqa: A002  the word of conf/sweep
+    set: Mapping[str, Any] | None = None,
     name: str | None = None,
     root: str | Path = "outputs",
     workers: int | None = None,

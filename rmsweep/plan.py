@@ -72,9 +72,7 @@ class Plan:
             "plugins": {str(path): file_sha256(Path(path)) for path in merged.plugins},
         }
         sink = pa.BufferOutputStream()
-        pq.write_table(
-            _table(merged.cells), sink, compression="zstd", compression_level=9, write_page_checksum=True
-        )
+        pq.write_table(_table(merged.cells), sink, compression="zstd", compression_level=9, write_page_checksum=True)
         publish(folder / "plan.parquet", sink.getvalue().to_pybytes())
         publish(folder / "plan.json", (json.dumps(header, indent=1, sort_keys=True) + "\n").encode())
 
@@ -104,9 +102,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise StoreError(f"{folder / 'plan.json'}: cannot be read ({error})") from None
     if header.get("format") != FORMAT:
-        raise StoreError(
-            f"{folder / 'plan.json'}: format {header.get('format')}, this version reads {FORMAT}"
-        )
+        raise StoreError(f"{folder / 'plan.json'}: format {header.get('format')}, this version reads {FORMAT}")
     return header
 
 
@@ -184,9 +180,7 @@ class _Planner:
         except ConfigError as error:
             self.errors[self._position] = error
             labels = _labels(point, None)
-            return PlannedCell(
-                digest({"unsound": labels}), "", "", labels, point.config, point.reason or str(error)
-            )
+            return PlannedCell(digest({"unsound": labels}), "", "", labels, point.config, point.reason or str(error))
         labels, llm = _labels(point, spec), point.choices["base_llm"]
         reason = point.reason
         if llm not in spec.dataset.base_llms:
@@ -359,9 +353,7 @@ def _union(old: Plan, new: Plan, folder: Path) -> Plan:
     pinned = read_header(folder)["plugins"]
     for path in new.plugins:
         if path in pinned and file_sha256(Path(path)) != pinned[path]:
-            raise ConfigError(
-                f"sweep {old.name} was planned with another {path}; give another sweep.name=NAME"
-            )
+            raise ConfigError(f"sweep {old.name} was planned with another {path}; give another sweep.name=NAME")
     cells = {(c.cell_id, canonical_json(c.labels)): c for c in old.cells}
     cells.update({(c.cell_id, canonical_json(c.labels)): c for c in new.cells})
     plugins = tuple(dict.fromkeys((*old.plugins, *new.plugins)))
@@ -408,9 +400,7 @@ def _cells(table: pa.Table) -> list[PlannedCell]:
     for i, label_text in enumerate(columns["labels"]):
         config = {k: value(t) for k in CONFIG_KEYS if (t := columns[f"config.{k}"][i]) is not None}
         cell, key, bank = (columns[name][i] for name in ("cell_id", "fingerprint", "bank_id"))
-        result.append(
-            PlannedCell(cell, key, bank, _ordered(json.loads(label_text)), config, columns["reason"][i])
-        )
+        result.append(PlannedCell(cell, key, bank, _ordered(json.loads(label_text)), config, columns["reason"][i]))
     return result
 
 

@@ -18,9 +18,7 @@ def load(path: str | Path) -> str:
     """
     file = Path(path)
     if file.suffix != ".py" or not file.is_file():
-        raise ConfigError(
-            f"--plugin {path}: no such Python file; it takes a FILE.py that registers components"
-        )
+        raise ConfigError(f"--plugin {path}: no such Python file; it takes a FILE.py that registers components")
     sha = file_sha256(file)
     name = f"_rmsweep_plugin_{sha[:16]}.{file.stem}"  # a component's default kind is its file's name
     if name in sys.modules:

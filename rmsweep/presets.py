@@ -98,7 +98,7 @@ class Presets:
                 found[path.relative_to(folder / group).with_suffix("").as_posix()] = path
         return found
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019  one Presets lives as long as its process
+    @functools.cache  # noqa: B019  one Presets lives as long as its process
     def _node(self, group: str, option: str) -> dict[str, Any]:
         if option in self.extra.get(group, ()):
             return complete(group, self.extra[group][option])
@@ -123,7 +123,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{path}: larger than 1 MiB; a config file holds settings, not data")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  a SafeLoader
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     if data is None:

@@ -37,7 +37,9 @@ AXES = (
 
 METRICS = (
     Column("bon_n", LI, "the N of bon_golden: 1..M"),
-    Column("bon_golden", LF, "expected golden reward of the pick among N of the prompt's responses, exact over subsets"),
+    Column(
+        "bon_golden", LF, "expected golden reward of the pick among N of the prompt's responses, exact over subsets"
+    ),
     Column("golden_improvement", F, "golden reward of the pick among all responses minus the prompt's mean, averaged"),
     Column("golden_random", F, "mean golden reward of a random pick"),
     Column("golden_best", F, "mean golden reward of the best response of each prompt"),
@@ -90,6 +92,6 @@ def arrow(columns: tuple[Column, ...]) -> pa.Schema:
     return pa.schema([(c.name, c.type) for c in columns])
 
 
-RECORD = arrow((Column("fingerprint", S, ""), *STATUS, Column("n_annotations", I, ""), Column("beta", F, ""), *METRICS)).append(
-    pa.field("golden_picked", pa.list_(pa.float32()))
-)
+RECORD = arrow(
+    (Column("fingerprint", S, ""), *STATUS, Column("n_annotations", I, ""), Column("beta", F, ""), *METRICS)
+).append(pa.field("golden_picked", pa.list_(pa.float32())))

@@ -77,9 +77,7 @@ def test_released_uses_the_first_prompts_and_clean_a_permutation(bank):
     few = make_spec(n_annotations=100, protocol="released")
     used = annotate(few, bank, streams(9), {}).comparisons.prompt_a
     np.testing.assert_array_equal(used, np.arange(100))
-    small, large = (
-        annotate(make_spec(n_annotations=n), bank, streams(9), {}).comparisons.prompt_a for n in (100, 400)
-    )
+    small, large = (annotate(make_spec(n_annotations=n), bank, streams(9), {}).comparisons.prompt_a for n in (100, 400))
     np.testing.assert_array_equal(small, large[:100])
     assert len(np.unique(large)) == 400 and large.max() > 400
 

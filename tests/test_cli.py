@@ -5,10 +5,10 @@ import sys
 import types
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import PRESETS
-
-pytest.importorskip("rmsweep.engines.local")
 
 import rmsweep
 from rmsweep import plugins
@@ -32,8 +32,7 @@ def test_help_is_quick_and_complete(capsys):
     for group in PRESETS.groups:
         assert all(option in text for option in [group, *PRESETS.options(group)])
     assert all(
-        key in text
-        for key in ("n_annotations", "tilt_tau", "pairs_per_prompt", "--config-dir", "sweep.exclude")
+        key in text for key in ("n_annotations", "tilt_tau", "pairs_per_prompt", "--config-dir", "sweep.exclude")
     )
 
 
@@ -129,9 +128,7 @@ def test_the_users_own_groups(tmp_path, capsys):
     (tmp_path / "reward_model").mkdir()
     (tmp_path / "sweep" / "mine").mkdir(parents=True)
     (tmp_path / "reward_model" / "wide.yaml").write_text("kind: mlp\nhidden: [64]\n")
-    (tmp_path / "sweep" / "mine" / "first.yaml").write_text(
-        "name: first\naxes: {reward_model: [wide], seed: [0, 1]}\n"
-    )
+    (tmp_path / "sweep" / "mine" / "first.yaml").write_text("name: first\naxes: {reward_model: [wide], seed: [0, 1]}\n")
     folder = ["--config-dir", str(tmp_path)]
     assert main(["plan", "sweep=mine/first", *folder, f"root={tmp_path}/o"]) == 0
     assert "sweep first: 2 cells" in capsys.readouterr().out
@@ -147,9 +144,7 @@ def test_a_closed_pipe_is_silent():
     """`rmsweep ... | head -1` ends without a traceback."""
     code = "import sys; from rmsweep.cli import main; sys.exit(main(['run', '--help']))"
     command = f'{sys.executable} -c "{code}" | true'
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stderr == "" and done.returncode == 0
 
 
@@ -192,10 +187,7 @@ def test_plan_text_states():
     plan = tiny_plan(axes={"seed": [0, 1, 2]}, exclude=[{"seed": 2}])
     states = {plan.cells[0].fingerprint: "done", plan.cells[1].fingerprint: "failed"}
     text = render.plan_text(plan, states)
-    assert (
-        "3 cells  (0 new, 1 done, 1 failed, 1 skipped)" in text
-        and "excluded by sweep.exclude: seed=2" in text
-    )
+    assert "3 cells  (0 new, 1 done, 1 failed, 1 skipped)" in text and "excluded by sweep.exclude: seed=2" in text
     assert "not known" in render.cost_text(plan, {}, {})
     assert "core-hours: 2" in render.cost_text(plan, {}, {"bt_mlp": 3600.0})
 
@@ -248,6 +240,44 @@ def test_run_refuses_what_the_disk_cannot_hold(tmp_path, monkeypatch, capsys):
     assert "DOES NOT FIT" in capsys.readouterr().err and calls == []
     assert main(["plan", "size=tiny", "seed=0", f"root={tmp_path}"]) == 0
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def stored_sweep(root, monkeypatch):
+    """A planned sweep under `root`: cells done, failed, failed and new; fakes of store and results."""
+    plan = make(describe({"name": "x", "set": {"size": "tiny"}, "axes": {"beta": [1, 3], "seed": [0, 1]}}), PRESETS)
+    folder = root / "sweeps" / "x"
+    plan.write(folder)
+    (root / "store").mkdir()
+    status = ["done", "failed", "failed", None]
+    pq.write_table(pa.table({"cell_id": [c.cell_id for c in plan.cells], "status": status}), folder / "results.parquet")
+    store, results = types.ModuleType("rmsweep.store"), types.ModuleType("rmsweep.results")
+    store.Store = lambda root: types.SimpleNamespace(done=lambda wanted: set(wanted[:3]))
+    results.last_sweep = lambda root: "x"
+    for module in (store, results):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(rmsweep, module.__name__.rpartition(".")[2], module, raising=False)
+    return plan
+
+
+def test_plan_tells_states_apart(tmp_path, monkeypatch, capsys):
+    """Catches failed cells counted as done or as new."""
+    stored_sweep(tmp_path, monkeypatch)
+    assert main(["plan", "size=tiny", "beta=1,3", "seed=0,1", "sweep.name=x", f"root={tmp_path}"]) == 0
+    assert "4 cells  (1 new, 1 done, 2 failed)" in capsys.readouterr().out
+
+
+def test_retry_takes_failed_cells_only(tmp_path, monkeypatch, capsys):
+    """Catches a retry of cells that are done or were never run, and a filter that is ignored."""
+    calls = fake_execution(monkeypatch)
+    plan = stored_sweep(tmp_path, monkeypatch)
+    assert main(["retry", f"root={tmp_path}"]) == 0
+    assert calls[-1][3] == {plan.cells[1].fingerprint, plan.cells[2].fingerprint}
+    assert main(["retry", "x", "beta=3", "engine.workers=1", f"root={tmp_path}"]) == 0
+    assert calls[-1][3] == {plan.cells[2].fingerprint} and calls[-1][2].workers == 1
+    assert main(["retry", "x", "beta=5", f"root={tmp_path}"]) == 0 and len(calls) == 2
+    assert "no failed cell matches" in capsys.readouterr().out
+    assert main(["retry", "y", f"root={tmp_path}"]) == 1 and main(["retry", "x", "bta=3", f"root={tmp_path}"]) == 1
+    assert "Valid: x" in capsys.readouterr().err
 
 
 # -- plug-ins, device, completion --------------------------------------------------------------------------

@@ -6,8 +6,6 @@ import random
 import pytest
 from conftest import PRESETS
 
-pytest.importorskip("rmsweep.engines.local")
-
 from rmsweep.cli import compose
 from rmsweep.errors import ConfigError
 from rmsweep.grid import Grid
@@ -36,13 +34,9 @@ def test_more_grammar():
     """sort, nested ranges, glob over options, +key, ++key, ~key, sugar for error_rate."""
     assert read("seed=sort(3,1,2)").sweep.axes == {"seed": [1, 2, 3]}
     assert read("pairing=glob(*)").sweep.axes == {"pairing": ["cross_prompt", "same_prompt"]}
-    assert read("base_llm=glob(sim_*,exclude=*_sft)").sweep.axes == {
-        "base_llm": ["sim_2b", "sim_7b", "sim_8b"]
-    }
+    assert read("base_llm=glob(sim_*,exclude=*_sft)").sweep.axes == {"base_llm": ["sim_2b", "sim_7b", "sim_8b"]}
     assert read("+beta=3").sweep.set == read("++beta=3").sweep.set == read("beta=3").sweep.set == {"beta": 3}
-    assert read("error_rate=0.1,0.2", "error_rate.reference=this_design").sweep.axes == {
-        "error_rate.value": [0.1, 0.2]
-    }
+    assert read("error_rate=0.1,0.2", "error_rate.reference=this_design").sweep.axes == {"error_rate.value": [0.1, 0.2]}
     full = read("sweep=demo", "~beta", "~size").sweep
     assert "beta" not in full.axes and "reward_model" in full.axes and full.set == {}
 

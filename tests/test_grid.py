@@ -10,9 +10,7 @@ from rmsweep.grid import Grid, Setting, Sweep, check_name, derived_name, describ
 
 
 def cells(sweep, **fields):
-    return list(
-        Grid(sweep if isinstance(sweep, Sweep) else describe({"axes": sweep, **fields}), PRESETS).cells()
-    )
+    return list(Grid(sweep if isinstance(sweep, Sweep) else describe({"axes": sweep, **fields}), PRESETS).cells())
 
 
 def points(grid_cells, *keys):
@@ -31,9 +29,7 @@ def test_baseline_alone_is_one_cell():
     """Catches a default that comes from the code instead of conf/config.yaml."""
     (cell,) = cells({})
     assert cell.choices == {g: o for g, o in PRESETS.baseline_choices.items() if g not in ("engine", "sweep")}
-    assert cell.config["beta"] == PRESETS.baseline["beta"] and cell.config["size"] == PRESETS.node(
-        "size", "demo"
-    )
+    assert cell.config["beta"] == PRESETS.baseline["beta"] and cell.config["size"] == PRESETS.node("size", "demo")
 
 
 def test_dotted_keys_reach_only_their_node():
@@ -70,18 +66,14 @@ def test_conditional_axis_applies_where_its_condition_holds():
 
 def test_condition_with_several_values_and_on_a_value():
     """Catches a rule that compares a list with a value."""
-    found = cells(
-        {"beta": [0.5, 1, 3], "pairs_per_prompt": [1, 2]}, when={"pairs_per_prompt": {"beta": [1, 3.0]}}
-    )
+    found = cells({"beta": [0.5, 1, 3], "pairs_per_prompt": [1, 2]}, when={"pairs_per_prompt": {"beta": [1, 3.0]}})
     assert points(found, "beta", "pairs_per_prompt") == [(0.5, 1), (1, 1), (1, 2), (3, 1), (3, 2)]
 
 
 def test_excluded_cells_stay_with_their_reason():
     """Catches cells that vanish: a skipped cell is a row that says why."""
     rule = {"candidates": "similar", "pairing": ["cross_prompt"]}
-    found = cells(
-        {"candidates": ["random", "similar"], "pairing": ["same_prompt", "cross_prompt"]}, exclude=[rule]
-    )
+    found = cells({"candidates": ["random", "similar"], "pairing": ["same_prompt", "cross_prompt"]}, exclude=[rule])
     assert [c.reason is not None for c in found] == [False, False, False, True]
     assert "candidates=similar" in found[3].reason
 
@@ -102,9 +94,7 @@ def test_values_looked_up_in_the_chosen_size():
 def test_base_llm_follows_the_dataset_unless_given():
     """Catches a table run under the simulated baseline LLM, and a choice of the user's that is overruled."""
     (cell,) = cells({}, set={"dataset": "table"})
-    assert cell.choices["base_llm"] == "table" and cell.config["base_llm"] == PRESETS.node(
-        "base_llm", "table"
-    )
+    assert cell.choices["base_llm"] == "table" and cell.config["base_llm"] == PRESETS.node("base_llm", "table")
     (cell,) = cells({}, set={"dataset": "table", "base_llm": "sim_7b"})
     assert cell.choices["base_llm"] == "sim_7b"
 
@@ -121,10 +111,7 @@ def test_a_value_in_place_of_a_mapping():
     (cell,) = cells({}, set={"size.reward_model": 3})
     assert "needs a mapping" in str(cell.error)
     (cell,) = cells({}, set={"size.reward_model": {"lgb": {"rounds": 5}}})
-    assert (
-        cell.config["size"]["reward_model"]["lgb"] == {"rounds": 5}
-        and "mlp" in cell.config["size"]["reward_model"]
-    )
+    assert cell.config["size"]["reward_model"]["lgb"] == {"rounds": 5} and "mlp" in cell.config["size"]["reward_model"]
 
 
 def test_settings_replace_an_axis_and_leave_the_others():
@@ -132,9 +119,7 @@ def test_settings_replace_an_axis_and_leave_the_others():
     preset = describe({"axes": {"beta": [1, 3], "seed": [0, 1]}, "set": {"size": "tiny"}})
     single = override(preset, [Setting("beta", (5,)), Setting("size", ("demo",))])
     assert single.axes == {"beta": [5], "seed": [0, 1]} and single.set == {"size": "demo"}
-    several = override(
-        preset, [Setting("beta", (5, 7), axis=True), Setting("size", ("demo", "tiny"), axis=True)]
-    )
+    several = override(preset, [Setting("beta", (5, 7), axis=True), Setting("size", ("demo", "tiny"), axis=True)])
     assert several.axes == {"beta": [5, 7], "seed": [0, 1], "size": ["demo", "tiny"]} and several.set == {}
     reset = override(preset, [Setting("beta", reset=True), Setting("size", reset=True)])
     assert reset.axes == {"seed": [0, 1]} and reset.set == {}

@@ -153,7 +153,9 @@ def _bad_arrays():
     yield "both", (g, e, gt, et), ids, "'b' is in train and in test"
 
 
-@pytest.mark.parametrize(("name", "arrays", "options", "message"), list(_bad_arrays()), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("name", "arrays", "options", "message"), list(_bad_arrays()), ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_bad_arrays_are_refused_with_their_place(name, arrays, options, message):
     """Bad data get one clear message before any compute."""
     with pytest.raises(DataError, match=message):

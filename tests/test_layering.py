@@ -78,7 +78,9 @@ def test_libraries_stay_where_they_belong(path):
     """Catches torch in the driver, Hydra outside the command line, pickle anywhere."""
     for name in imports(path):
         allowed = ONLY_IN.get(name.split(".")[0])
-        assert allowed is None or part(path) in allowed, f"{path.name} imports {name}; allowed in {allowed or 'no file'}"
+        assert allowed is None or part(path) in allowed, (
+            f"{path.name} imports {name}; allowed in {allowed or 'no file'}"
+        )
 
 
 def test_no_call_executes_data():

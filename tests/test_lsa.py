@@ -46,9 +46,7 @@ def test_embedding_is_the_formula_up_to_rotation():
     basis = np.linalg.svd(x, full_matrices=False)[2]
     wanted, projected = y @ basis.T @ basis @ x.T, x @ basis.T
     scale = np.mean(projected**2)
-    np.testing.assert_allclose(
-        e_test @ e_train.T, wanted / scale, rtol=1e-3, atol=1e-3 * np.abs(wanted / scale).max()
-    )
+    np.testing.assert_allclose(e_test @ e_train.T, wanted / scale, rtol=1e-3, atol=1e-3 * np.abs(wanted / scale).max())
     assert np.mean(np.square(e_train)) == pytest.approx(1, rel=1e-4)
 
 
@@ -64,9 +62,7 @@ def test_repeated_runs_give_the_same_bits_and_the_seed_matters():
 def test_fitted_on_training_texts_only():
     """Catches leakage: other test texts must not move any embedding of the training or the test side."""
     train, test = texts(50), texts(10, seed=1)
-    plain, more = (
-        make(dim=8).fit_embed(train, t, seed=0) for t in (test, [*test, *[("p", "unseen words only")] * 30])
-    )
+    plain, more = (make(dim=8).fit_embed(train, t, seed=0) for t in (test, [*test, *[("p", "unseen words only")] * 30]))
     np.testing.assert_array_equal(plain[0], more[0])
     np.testing.assert_allclose(plain[1], more[1][:10], rtol=1e-6)
 
@@ -81,10 +77,7 @@ def test_prompt_counts_only_when_asked():
 
 def test_length_survives():
     """Catches row normalisation: on this kind of data length alone ranks responses well."""
-    train = [
-        (f"p{i}", " ".join(np.random.default_rng(i).permutation(WORDS)[: 1 + i % len(WORDS)]))
-        for i in range(120)
-    ]
+    train = [(f"p{i}", " ".join(np.random.default_rng(i).permutation(WORDS)[: 1 + i % len(WORDS)])) for i in range(120)]
     embedding, _ = make(dim=4).fit_embed(train, train[:1], seed=0)
     lengths = [len(r) for _, r in train]
     assert np.corrcoef(np.linalg.norm(embedding, axis=1), lengths)[0, 1] > 0.9

@@ -47,13 +47,15 @@ def test_same_prompt_pairs_per_prompt_gives_that_many_at_each_visit():
 @pytest.mark.parametrize("per_prompt", [1, 3])
 def test_same_prompt_is_nested(per_prompt):
     """n annotations are a prefix of more annotations under the same seed."""
-    small, large = (as_tuples(SAME.compare(candidates(30, 6), np.arange(30), n, per_prompt, streams(3))) for n in (25, 200))
+    small, large = (
+        as_tuples(SAME.compare(candidates(30, 6), np.arange(30), n, per_prompt, streams(3))) for n in (25, 200)
+    )
     assert large[:25] == small
 
 
 def test_same_prompt_pairs_and_orientation_are_uniform():
     """Catches a favourite pair or side (chi-square over the 12 ordered pairs of 4 candidates, 99.9 % level)."""
-    counts = {pair: 0 for pair in itertools.permutations(range(100, 104), 2)}
+    counts = dict.fromkeys(itertools.permutations(range(100, 104), 2), 0)
     for seed in range(50):
         for _, a, _, b in as_tuples(SAME.compare(candidates(60, 4), np.arange(60), 60, 1, streams(seed))):
             counts[a, b] += 1

@@ -44,9 +44,7 @@ def test_identities_are_those_of_the_kernel():
 
 def test_labels():
     """Catches option names replaced by nodes, untyped numbers, and departures that no column shows."""
-    plan = plan_of(
-        {"beta": [1, 3]}, set={"size": "tiny", "reward_model.hidden": [8, 8], "evaluate.n_noisy_pairs": 50}
-    )
+    plan = plan_of({"beta": [1, 3]}, set={"size": "tiny", "reward_model.hidden": [8, 8], "evaluate.n_noisy_pairs": 50})
     labels = plan.cells[1].labels
     assert list(labels)[: len(AXES)] == [c.name for c in AXES]
     assert labels["beta"] == 3.0 and isinstance(labels["beta"], float) and labels["reward_model"] == "bt_mlp"

@@ -48,28 +48,20 @@ def refused(root, **fields):
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("embedding", "reward"), list(itertools.product(("PND", "NPD"), ("PN1", "PN", "NP", "NP1")))
-)
+@pytest.mark.parametrize(("embedding", "reward"), list(itertools.product(("PND", "NPD"), ("PN1", "PN", "NP", "NP1"))))
 def test_layouts_give_the_same_bank(tmp_path, embedding, reward):
     """Catches a reward matched with the wrong embedding in any combination of the files' axes."""
     data = arrays()
     dataset = make(save(tmp_path, data, embedding, reward))
     shape = dataset.shape(LLM, None, NATIVE)
-    assert (
-        shape.count_train.tolist() == [4] * 12
-        and shape.count_test.tolist() == [5] * 9
-        and not shape.has_texts
-    )
+    assert shape.count_train.tolist() == [4] * 12 and shape.count_test.tolist() == [5] * 9 and not shape.has_texts
     (tmp_path / "bank").mkdir()
     dataset.generate(LLM, None, NATIVE, tmp_path / "bank")
     bank = Bank.read(tmp_path / "bank")
     for name, split in (("train", bank.train), ("test", bank.test)):
         np.testing.assert_array_equal(split.golden, data[name][0])
         np.testing.assert_array_equal(split.embedding, data[name][1])
-        assert (
-            split.golden.dtype == np.float32 and split.prompt_id[0] == f"{name}-0" and split.response is None
-        )
+        assert split.golden.dtype == np.float32 and split.prompt_id[0] == f"{name}-0" and split.response is None
         rows = np.array([1, split.n_responses, -1 % split.golden.size])
         np.testing.assert_array_equal(split.gather(rows), data[name][1].reshape(-1, D)[rows])
     assert not list((tmp_path / "bank").glob("embedding_*.npy"))  # referred to, not copied
@@ -88,9 +80,7 @@ def test_equal_axes_are_ambiguous_unless_order_or_layout_says(tmp_path):
     rng = np.random.default_rng(0)
     data = {name: (rng.permuted(golden, axis=1), values) for name, (golden, values) in data.items()}
     message = refused(save(tmp_path, data))
-    assert (
-        "equally long" in message and "dataset.layout=PND or NPD" in message and message.count("embd_") == 2
-    )
+    assert "equally long" in message and "dataset.layout=PND or NPD" in message and message.count("embd_") == 2
     golden = data["train"][0]
     np.testing.assert_array_equal(make(tmp_path, layout="NPD")._sides(LLM)[0].golden, golden.T)
     np.testing.assert_array_equal(make(tmp_path, layout="PND")._sides(LLM)[0].golden, golden)
@@ -185,7 +175,5 @@ def test_presets_carry_the_scales_and_base_llms():
     )
     assert (helpful.reward_scale, harmless.reward_scale) == (6.0, 1.0) and len(helpful.base_llms) == 6
     assert set(helpful.base_llms) == set(harmless.base_llms) <= set(presets.options("base_llm"))
-    names = [
-        component.build("base_llm", presets.node("base_llm", option)).name for option in helpful.base_llms
-    ]
+    names = [component.build("base_llm", presets.node("base_llm", option)).name for option in helpful.base_llms]
     assert names[:2] == ["Gemma2b", "Gemma2b-sft"] and len(set(names)) == 6

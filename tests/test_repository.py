@@ -32,7 +32,9 @@ def test_mypy():
 
 def test_readme_tree_is_the_disk():
     """A tree nobody checks rots."""
-    result = subprocess.run([sys.executable, ROOT / "scripts" / "readme_tree.py", "--check"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "readme_tree.py", "--check"], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout
 
 

@@ -5,8 +5,8 @@ import pytest
 from conftest import make_bank, make_spec
 
 from rmsweep.datasets.simulated import GoldenReward
+from rmsweep.rng import stream, streams
 from rmsweep.stages.annotate import annotate, same_prompt_differences, solve_beta
-from rmsweep.rng import streams, stream
 
 BETAS = (0.5, 0.7, 1.0, 3.0, 5.0, 10.0)
 LLMS = ("sim_2b", "sim_7b", "sim_8b", "sim_2b_sft", "sim_7b_sft", "sim_8b_sft")

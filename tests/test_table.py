@@ -22,9 +22,7 @@ class Lengths:
     kind = "lengths"
 
     def fit_embed(self, train, test, seed):
-        return tuple(
-            np.array([[len(r), len(train)] for _, r in side], dtype=np.float32) for side in (train, test)
-        )
+        return tuple(np.array([[len(r), len(train)] for _, r in side], dtype=np.float32) for side in (train, test))
 
 
 def rows(counts=(3, 1, 2, 4), **extra):
@@ -152,16 +150,12 @@ def test_empty_duplicates_and_limits(tmp_path):
     message = refused(tmp_path, data)
     assert "row 0, column 'response'" in message and "dataset.empty=drop" in message
     kept = bank_of(tmp_path, data, empty="keep", test_fraction=0.3)
-    assert (
-        sum(s.count.sum() for s in (kept.train, kept.test)) == 13 and kept.notes["duplicate_responses"] == 1
-    )
+    assert sum(s.count.sum() for s in (kept.train, kept.test)) == 13 and kept.notes["duplicate_responses"] == 1
     dropped = bank_of(tmp_path, data, empty="drop", duplicates="drop", min_responses=2, n_train_prompts=2)
     counts = {i: n for s in (dropped.train, dropped.test) for i, n in zip(s.prompt_id, s.count, strict=True)}
     assert counts == {"prompt 0": 3, "prompt 1": 3, "prompt 2": 4}
     assert dropped.notes["empty_dropped"] == 1 and dropped.notes["prompts_unused"] == 1
-    first = {
-        i: g[0] for s in (dropped.train, dropped.test) for i, g in zip(s.prompt_id, s.golden, strict=True)
-    }
+    first = {i: g[0] for s in (dropped.train, dropped.test) for i, g in zip(s.prompt_id, s.golden, strict=True)}
     assert first["prompt 1"] == pytest.approx(1.0)
 
 
@@ -194,8 +188,7 @@ def test_embedding_column(tmp_path, monkeypatch, kind):
     typ = types.get(kind, pa.list_(getattr(pa, kind)() if kind != "fixed" else pa.float32()))
     source = pa.Table.from_pylist(data)
     vectors = [
-        [np.float16(v) for v in value[r["response"]]] if kind == "float16" else value[r["response"]]
-        for r in data
+        [np.float16(v) for v in value[r["response"]]] if kind == "float16" else value[r["response"]] for r in data
     ]
     source = source.append_column("e", pa.array(vectors, typ))
     bank = bank_of(tmp_path, source, NATIVE, embedding_column="e", where={"flag": True}, test_fraction=0.5)
@@ -266,9 +259,7 @@ def test_missing_column_names_the_nearest(tmp_path):
 
 def test_conflicting_prompt_ids_and_prompts_in_both_splits(tmp_path):
     """Catches two prompts merged under one id, and the same prompt to train and to test on."""
-    data = rows(
-        (2, 2, 2), id=lambda r: r["prompt"], side=lambda r: "test" if r["prompt"][-1] == "2" else "train"
-    )
+    data = rows((2, 2, 2), id=lambda r: r["prompt"], side=lambda r: "test" if r["prompt"][-1] == "2" else "train")
     bank = bank_of(tmp_path, data, split_column="side", prompt_id_column="id")
     assert bank.test.prompt_id == ["prompt 2"] and bank.train.prompt_id == ["prompt 0", "prompt 1"]
     data[3]["id"] = "prompt 1"

@@ -27,9 +27,7 @@ TEXTS = [
 
 def text_split(p=30, n=6):
     bank = random_bank(np.random.default_rng(1), p=p, n=n)
-    responses = [
-        [f"{TEXTS[RNG.integers(len(TEXTS))]} {'x' * RNG.integers(30)}" for _ in range(n)] for _ in range(p)
-    ]
+    responses = [[f"{TEXTS[RNG.integers(len(TEXTS))]} {'x' * RNG.integers(30)}" for _ in range(n)] for _ in range(p)]
     golden = bank.train.golden.copy()
     golden[3, 4:] = np.nan  # a ragged prompt
     responses[3] = responses[3][:4]
@@ -49,9 +47,7 @@ def preferences_of(split, reward, n=400, soft=False):
 
 def fit(kind, split, preferences, protocol="clean", **fields):
     model = component.build("reward_model", {"kind": kind, **fields})
-    return model.fit(
-        TrainingData(split, preferences, component.build("protocol", protocol), streams(0), Compute(), {})
-    )
+    return model.fit(TrainingData(split, preferences, component.build("protocol", protocol), streams(0), Compute(), {}))
 
 
 def test_length_is_the_number_of_characters():
@@ -92,12 +88,8 @@ def test_surface_minimises_the_stated_loss(soft):
     preferences = preferences_of(split, features[:, :, 0] - features[:, :, 5], soft=soft)
     model = fit("surface", split, preferences, l2=1e-2)
     valid = features[np.isfinite(split.golden)]
-    f = ((features - valid.mean(axis=0)) / np.where(valid.std(axis=0) > 0, valid.std(axis=0), 1)).reshape(
-        -1, 8
-    )
-    train, validation = component.build("protocol", "clean").split(
-        split, preferences, False, streams(0)("split")
-    )
+    f = ((features - valid.mean(axis=0)) / np.where(valid.std(axis=0) > 0, valid.std(axis=0), 1)).reshape(-1, 8)
+    train, validation = component.build("protocol", "clean").split(split, preferences, False, streams(0)("split"))
     d, p = f[train.first] - f[train.second], train.target.astype(float)
     win = 1 / (1 + np.exp(-d @ model.weight))
     gradient = d.T @ (win - p) / len(p) + 1e-2 * model.weight

@@ -120,9 +120,7 @@ def _dataclass_fields(group: str, kind: str) -> list[str]:
     path = Path(rmsweep.__file__).parent / PACKAGES[group].rpartition(".")[2] / f"{kind}.py"
     if not path.is_file():
         return []
-    classes = [
-        node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)
-    ]
+    classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
     chosen = [c for c in classes if any("component(" in ast.unparse(d) for d in c.decorator_list)]
     return [
         field.target.id

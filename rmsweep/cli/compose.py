@@ -104,9 +104,7 @@ def parse(word: str) -> Override:
         parsed = OverridesParser.create().parse_override(word)
     except HydraException as error:
         reason = " ".join(str(error).split("\n")[0].split())
-        quoted = (
-            f"; a value with special characters needs quotes inside quotes: \"{word.split('=')[0]}='...'\""
-        )
+        quoted = f"; a value with special characters needs quotes inside quotes: \"{word.split('=')[0]}='...'\""
         raise ConfigError(f"{word!r}: {reason}{quoted if '=' in word else ''}") from None
     key = parsed.key_or_group
     if parsed.package is not None or not KEY.fullmatch(key):
@@ -154,14 +152,10 @@ def _values(parsed: Override, word: str, presets: Presets) -> list[Any]:
             raise ConfigError(f"{word!r}: glob() chooses among the options of a config group")
         names = value.filter(presets.options(parsed.key_or_group))
         if not names:
-            raise ConfigError(
-                f"{word!r} matches no option; valid: {', '.join(presets.options(parsed.key_or_group))}"
-            )
+            raise ConfigError(f"{word!r} matches no option; valid: {', '.join(presets.options(parsed.key_or_group))}")
         return list(names)
     if getattr(value, "shuffle", False):
-        raise ConfigError(
-            f"{word!r}: shuffle() would give another order each time; list the values, or sort()"
-        )
+        raise ConfigError(f"{word!r}: shuffle() would give another order each time; list the values, or sort()")
     if parsed.value_type == ValueType.INTERVAL_SWEEP:
         raise ConfigError(f"{word!r}: interval() has no finite list of values; use range(start,stop,step)")
     values = list(itertools.islice(parsed.sweep_iterator(Transformer.identity), MAX_VALUES + 1))
@@ -187,9 +181,7 @@ def _refuse_twice(settings: Sequence[Setting]) -> None:
         if keys.count(key) > 1:
             raise ConfigError(f"{key} is given twice; several values of an axis go into one word: {key}=A,B")
     if {"beta", "error_rate.value"} <= {k for k, s in zip(keys, settings, strict=True) if not s.reset}:
-        raise ConfigError(
-            "beta and error_rate exclude each other: error_rate is solved for beta; give one of them"
-        )
+        raise ConfigError("beta and error_rate exclude each other: error_rate is solved for beta; give one of them")
 
 
 # -- parts of a request ------------------------------------------------------------------------------------
@@ -301,9 +293,7 @@ def check_against_hydra(request: Request) -> None:
     composed = compose_cell(request, cell)
     for key, value in cell.config.items():
         if _text(composed[key]) != _text(value):
-            raise ConfigError(
-                f"{key}: composes to {value!r} here but to {composed[key]!r} by Hydra; set single keys"
-            )
+            raise ConfigError(f"{key}: composes to {value!r} here but to {composed[key]!r} by Hydra; set single keys")
 
 
 def _text(value: Any) -> str:

@@ -22,9 +22,7 @@ def resolve_compute(device: str, precision: str, pinned: Compute | None = None) 
     if device == "auto":
         device = pinned.device if pinned else ("cuda" if has_cuda() else "cpu")
     if device == "cuda" and not has_cuda():
-        raise ConfigError(
-            "device=cuda but this machine shows no NVIDIA GPU (nvidia-smi -L); allowed here: cpu"
-        )
+        raise ConfigError("device=cuda but this machine shows no NVIDIA GPU (nvidia-smi -L); allowed here: cpu")
     return Compute(device, "fp32")
 
 

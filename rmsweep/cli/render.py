@@ -37,9 +37,7 @@ def plan_text(plan: Plan, states: Mapping[str, str], *, short: bool = False) -> 
 
 def count_states(plan: Plan, states: Mapping[str, str]) -> Counter[str]:
     """How many cells are new, done, failed, diverged, skipped."""
-    return Counter(
-        "skipped" if c.reason is not None else states.get(c.fingerprint, "new") for c in plan.cells
-    )
+    return Counter("skipped" if c.reason is not None else states.get(c.fingerprint, "new") for c in plan.cells)
 
 
 def _artefacts(plan: Plan) -> str:
@@ -50,9 +48,7 @@ def _artefacts(plan: Plan) -> str:
     computed = {c.fingerprint for c in runnable}
     annotations = distinct_annotations(runnable)
     text = f"{len(banks):,} banks, {len(annotations):,} sets of annotations, {len(computed):,} models"
-    return text + (
-        "" if len(computed) == len(runnable) else f" ({len(runnable):,} rows: some cells are equal)"
-    )
+    return text + ("" if len(computed) == len(runnable) else f" ({len(runnable):,} rows: some cells are equal)")
 
 
 def distinct_annotations(cells: Iterable[PlannedCell]) -> set[tuple[Any, ...]]:
@@ -82,22 +78,16 @@ def size(n_bytes: float) -> str:
 
 def cost_text(plan: Plan, states: Mapping[str, str], seconds: Mapping[str, float]) -> str:
     """Estimated core-hours of the new cells. `seconds`: reward model -> mean seconds of a finished cell."""
-    new = Counter(
-        c.labels["reward_model"] for c in plan.cells if c.reason is None and c.fingerprint not in states
-    )
+    new = Counter(c.labels["reward_model"] for c in plan.cells if c.reason is None and c.fingerprint not in states)
     unknown = sorted(set(new) - set(seconds))
     known = sum(seconds.get(model, 0) * n for model, n in new.items()) / 3600
     if new and len(unknown) == len(new):
-        return (
-            "estimated core-hours: not known yet (no finished cells of these reward models under this root)"
-        )
+        return "estimated core-hours: not known yet (no finished cells of these reward models under this root)"
     extra = f" without {', '.join(unknown)} (none finished yet)" if unknown else ""
     return f"estimated core-hours: {known:.3g}{extra}, from finished cells of all sizes under this root"
 
 
-def improvement_table(
-    rows: Sequence[Mapping[str, Any]], cells: Sequence[PlannedCell], width: int | None = None
-) -> str:
+def improvement_table(rows: Sequence[Mapping[str, Any]], cells: Sequence[PlannedCell], width: int | None = None) -> str:
     """Mean and standard error of golden_improvement over replicates: reward models against the varied axes.
 
     rows: results (labels, status, golden_improvement), one per cell of `cells`.
@@ -159,9 +149,7 @@ def aligned(rows: Sequence[Sequence[str]], n_left: int, width: int | None = None
     lines = []
     for block in blocks:
         for row in rows:
-            texts = [
-                row[i].ljust(widths[i]) if i < n_left else row[i].rjust(widths[i]) for i in (*left, *block)
-            ]
+            texts = [row[i].ljust(widths[i]) if i < n_left else row[i].rjust(widths[i]) for i in (*left, *block)]
             lines.append(("  " + "  ".join(texts)).rstrip())
     return lines
 

@@ -106,8 +106,7 @@ def _finish(plan: Any, summary: Any) -> int:
     """Print what a run gave; its exit code."""
     print(_table(plan, summary.results))
     print(
-        ", ".join(f"{n:,} {state}" for state, n in summary.counts.items() if n)
-        + f"; {summary.n_computed:,} computed"
+        ", ".join(f"{n:,} {state}" for state, n in summary.counts.items() if n) + f"; {summary.n_computed:,} computed"
     )
     print(f"results: {summary.results}")
     if summary.interrupted:
@@ -124,14 +123,7 @@ def _table(plan: Any, results: Path) -> str:
 
     rows = pq.read_table(results, columns=["cell_id", "golden_improvement"]).to_pylist()
     value = {row["cell_id"]: row["golden_improvement"] for row in rows}
-    return render.improvement_table(
-        [{"golden_improvement": value.get(c.cell_id)} for c in plan.cells], plan.cells
-    )
-
-
-def sweep_folder(root: Path, name: str) -> Path:
-    """Folder of a sweep's plan, logs and tables."""
-    return root / "sweeps" / name
+    return render.improvement_table([{"golden_improvement": value.get(c.cell_id)} for c in plan.cells], plan.cells)
 
 
 def _states(root: Path, plan: Any) -> Mapping[str, str]:
@@ -140,7 +132,7 @@ def _states(root: Path, plan: Any) -> Mapping[str, str]:
         return {}
     from rmsweep.store import Store
 
-    return dict.fromkeys(Store(root).done([c.fingerprint for c in plan.cells if c.fingerprint]), "done")
+    return Store(root).done(c.fingerprint for c in plan.cells if c.reason is None)
 
 
 def _disk(root: Path, plan: Any, states: Mapping[str, str]) -> tuple[int, int]:
@@ -194,7 +186,8 @@ def _results(args: argparse.Namespace) -> int:
         print(results.schema_text())
         return 0
     root, name, _ = _named(args.words)
-    frame = results.query(root, name, args.sql) if args.sql else results.load(root, name)
+    folder = sweep_folder(root, name)
+    frame = results.query(folder, args.sql) if args.sql else results.load(folder)
     if args.csv:
         frame.to_csv(sys.stdout, index=False)
     else:
@@ -257,9 +250,7 @@ def _named(words: Sequence[str]) -> tuple[Path, str, list[str]]:
     from rmsweep import results
 
     names = [w for w in words if "=" not in w]
-    root = Path(
-        next((w[5:] for w in words if w.startswith("root=")), str(Presets().baseline["root"]))
-    ).expanduser()
+    root = Path(next((w[5:] for w in words if w.startswith("root=")), str(Presets().baseline["root"]))).expanduser()
     if len(names) > 1:
         raise ConfigError(f"one sweep at a time; got {', '.join(names)}")
     known = sorted(p.parent.name for p in root.glob("sweeps/*/plan.json"))

@@ -35,17 +35,13 @@ class Problems:
         if not self.count:
             return
         more = [f"... and {self.count - len(self.lines)} more"] if self.count > len(self.lines) else []
-        title = (
-            f"{self.path}: {self.count} problem{'s' * (self.count > 1)} (rows are data rows, counted from 0)"
-        )
+        title = f"{self.path}: {self.count} problem{'s' * (self.count > 1)} (rows are data rows, counted from 0)"
         raise DataError("\n  ".join([title, *self.lines, *more]))
 
 
 def shown(value: Any) -> str:
     """A value for a message: printable whatever it holds (lone surrogates, NUL), cut at MAX_SHOWN."""
-    text = (
-        "missing" if value is None else ascii(value[:MAX_SHOWN] if isinstance(value, str | bytes) else value)
-    )
+    text = "missing" if value is None else ascii(value[:MAX_SHOWN] if isinstance(value, str | bytes) else value)
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 

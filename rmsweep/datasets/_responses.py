@@ -139,10 +139,7 @@ class _Reader:
     def _check_value(self, row: int, key: str, value: Any) -> None:
         column = getattr(self.table, key)
         if key == "golden_column":
-            if (
-                not _is_real(value)
-                or not abs(value if isinstance(value, int) else float(value)) <= FLOAT32_MAX
-            ):
+            if not _is_real(value) or not abs(value if isinstance(value, int) else float(value)) <= FLOAT32_MAX:
                 self.problems.at(row, column, value, "a finite number")
         elif key == "embedding_column":
             self._check_vector(row, column, value)
@@ -172,9 +169,7 @@ class _Reader:
         if not self.dim:
             self.dim, self.dtype = len(vector), vector.dtype
         if len(vector) != self.dim:
-            self.problems.at(
-                row, column, f"{len(vector)} numbers", f"{self.dim} numbers, as in the first row"
-            )
+            self.problems.at(row, column, f"{len(vector)} numbers", f"{self.dim} numbers, as in the first row")
         elif not np.isfinite(vector).all():
             at = int(np.argmin(np.isfinite(vector)))
             self.problems.at(row, column, f"[{at}] = {vector[at]}", f"finite numbers that fit {self.dtype}")

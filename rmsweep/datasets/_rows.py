@@ -31,13 +31,9 @@ class Batch(NamedTuple):
 def column_names(path: Path) -> list[str]:
     """Names of a file's columns; DataError if it is missing, empty, unreadable or of another kind."""
     if not path.is_file():
-        raise DataError(
-            f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; dataset.path=FILE"
-        )
+        raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; dataset.path=FILE")
     if path.suffix.lower() not in SUFFIXES:
-        raise DataError(
-            f"{path}: suffix {path.suffix!r} is not known; allowed: {', '.join(SUFFIXES)} (JSON lines)"
-        )
+        raise DataError(f"{path}: suffix {path.suffix!r} is not known; allowed: {', '.join(SUFFIXES)} (JSON lines)")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty")
     if path.suffix.lower() == ".parquet":
@@ -92,9 +88,7 @@ def _lists(array: pa.Array) -> Sequence[Any]:
     flat = array.flatten().to_numpy(zero_copy_only=False)
     ends = np.cumsum(pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False))
     vectors = np.split(flat, ends[:-1]) if len(ends) else []
-    return [
-        vector if valid else None for vector, valid in zip(vectors, array.is_valid().to_pylist(), strict=True)
-    ]
+    return [vector if valid else None for vector, valid in zip(vectors, array.is_valid().to_pylist(), strict=True)]
 
 
 def _decoded(value: bytes | None) -> str | bytes | None:

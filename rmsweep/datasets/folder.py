@@ -49,7 +49,9 @@ class BankFolder:
 
     def _folder(self) -> Path:
         if not self.path or not (Path(self.path) / "bank.json").is_file():
-            raise DataError(f"dataset.path={self.path}: no bank there; write one with Bank.from_arrays(...).write(folder)")
+            raise DataError(
+                f"dataset.path={self.path}: no bank there; write one with Bank.from_arrays(...).write(folder)"
+            )
         return Path(self.path)
 
     def _bank(self) -> Bank:

@@ -51,9 +51,7 @@ class Released:
     def inputs(self, llm: Any, embedder: Any) -> dict[str, Path]:
         """The four files; raises DataError naming every one that is missing."""
         if not self.root:
-            raise DataError(
-                "dataset.root is not set; dataset.root=FOLDER holds the files embd_... and reward_..."
-            )
+            raise DataError("dataset.root is not set; dataset.root=FOLDER holds the files embd_... and reward_...")
         if not NAME.fullmatch(llm.name):
             raise DataError(f"base_llm.name={llm.name!r}: allowed are letters, digits, '_', '-' and '.'")
         root = Path(self.root).expanduser()
@@ -67,9 +65,7 @@ class Released:
     def shape(self, llm: Any, size: Size, embedder: Any) -> BankShape:
         """Counts per prompt; checks layouts, all rewards and some embeddings, every problem in one error."""
         if embedder.kind != "native":
-            raise DataError(
-                f"embedder={embedder.kind} needs texts, released files have none; allowed: native, auto"
-            )
+            raise DataError(f"embedder={embedder.kind} needs texts, released files have none; allowed: native, auto")
         train, test = self._sides(llm)
         problems = [p for side in (train, test) for p in (_bad_rewards(side), _bad_sample(side)) if p]
         if train.embedding.shape[2] != test.embedding.shape[2]:
@@ -88,9 +84,7 @@ class Released:
             np.save(folder / f"golden_{name}.npy", np.ascontiguousarray(side.golden, dtype=np.float32))
             write_reference(folder, name, side.path.resolve(), side.layout)
             write_prompts(folder, name, [f"{name}-{i}" for i in range(len(side.golden))])
-        write_notes(
-            folder, seed=self.seed, layout={name: s.layout for name, s in zip(SPLITS, sides, strict=True)}
-        )
+        write_notes(folder, seed=self.seed, layout={name: s.layout for name, s in zip(SPLITS, sides, strict=True)})
 
     def _sides(self, llm: Any) -> tuple[_Side, _Side]:
         """Both splits, opened and their layouts found; problems of both in one error."""
@@ -152,9 +146,7 @@ def _layout(reward: Floats, shapes: str) -> Layout:
     by_order = rising[0] if len(rising) == 1 else None
     votes = {vote for vote in (by_length, by_order) if vote}
     if len(votes) != 1:
-        why = (
-            "the longer axis and the order of the rewards disagree" if votes else "both axes are equally long"
-        )
+        why = "the longer axis and the order of the rewards disagree" if votes else "both axes are equally long"
         raise DataError(f"{shapes}; {why}: dataset.layout=PND or NPD says which axis holds the prompts (P)")
     return "PND" if "PND" in votes else "NPD"
 
@@ -204,6 +196,4 @@ def _neighbours(root: Path) -> str:
     if not root.is_dir():
         return f"; dataset.root={root} is no folder"
     names = sorted(path.name for path in root.glob("embd_*.npy"))[:8]
-    return (
-        f"; {root} holds {', '.join(names) or 'no embd_*.npy'} (base_llm.name, dataset.embedder_name, task)"
-    )
+    return f"; {root} holds {', '.join(names) or 'no embd_*.npy'} (base_llm.name, dataset.embedder_name, task)"

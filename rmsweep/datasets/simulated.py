@@ -77,6 +77,7 @@ class SimulatedWorld:
             write_prompts(folder, name, [f"{name}-{i}" for i in range(n_prompts)])
         write_notes(folder, seed=self.seed, **notes)
 
+
 class GoldenReward(NamedTuple):
     """g(z) = linear.z + sum_k amplitude_k sin(omega_k.z + phase_k); linear [L], omega [K, L], amplitude, phase [K]."""
 
@@ -102,11 +103,11 @@ class GoldenReward(NamedTuple):
         return cls(scale * raw.linear, omega, scale * amplitude, phase)
 
     def __call__(self, z: Array) -> Array:
-        """g [R] of latents z [R, L]."""
+        """G [R] of latents z [R, L]."""
         return z @ self.linear + np.sin(z @ self.omega.T + self.phase) @ self.amplitude
 
     def smoothed(self, variance: float) -> GoldenReward:
-        """m -> E[g(m + sqrt(variance) eps)]: every wave shrinks by exp(-variance |omega|^2 / 2)."""
+        """M -> E[g(m + sqrt(variance) eps)]: every wave shrinks by exp(-variance |omega|^2 / 2)."""
         return self._replace(amplitude=self.amplitude * np.exp(-variance * (self.omega**2).sum(axis=1) / 2))
 
     def variance(self, v: float) -> float:
@@ -173,7 +174,7 @@ def _respond(
     n: int,
     chance: np.random.Generator,
 ) -> _Chunk:
-    """n responses to each of p prompts: golden [p, n], ceiling [p, n], embedding [p, n, D]."""
+    """N responses to each of p prompts: golden [p, n], ceiling [p, n], embedding [p, n, D]."""
     p, latent = prompt_latent.shape
     direction = world.reward.linear / max(np.linalg.norm(world.reward.linear), 1e-300)
     spread = llm.diversity * np.sqrt(config.within_share)

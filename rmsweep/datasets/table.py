@@ -27,7 +27,7 @@ from rmsweep.errors import DataError
 from rmsweep.rng import stream
 from rmsweep.size import Size
 
-Scalar = str | bool | int | float | None
+Scalar = str | bool | int | Annotated[float, Field(allow_inf_nan=False)] | None
 Count = Annotated[int, Field(ge=1)]
 SPLIT_FIELDS: dict[str, Any] = {
     "seed": 0, "split_seed": 0, "n_train_prompts": None, "n_test_prompts": None, "test_fraction": 0.25,
@@ -182,16 +182,11 @@ class Side:
     def nested(self) -> list[list[str]]:
         """Responses per prompt."""
         ends = np.cumsum(self.count)
-        return [
-            self.response[end - n : end] for end, n in zip(ends.tolist(), self.count.tolist(), strict=True)
-        ]
+        return [self.response[end - n : end] for end, n in zip(ends.tolist(), self.count.tolist(), strict=True)]
 
     def pairs(self) -> list[tuple[str, str]]:
         """(prompt, response) of every row."""
-        return [
-            (self.prompt[p], response)
-            for p, response in zip(self.place[0].tolist(), self.response, strict=True)
-        ]
+        return [(self.prompt[p], response) for p, response in zip(self.place[0].tolist(), self.response, strict=True)]
 
 
 @functools.lru_cache(maxsize=2)
@@ -229,9 +224,7 @@ def _split_prompts(table: Table, source: Source, prompts: Ints) -> tuple[Ints, I
     """Training and test prompts, ascending, equal texts on one side; DataError when there are too few."""
     if source.side is not None:
         if (table.n_train_prompts, table.n_test_prompts) != (None, None):
-            raise DataError(
-                "dataset.split_column already says which prompts train and test; leave n_*_prompts null"
-            )
+            raise DataError("dataset.split_column already says which prompts train and test; leave n_*_prompts null")
         side = np.array(source.side)[prompts]
         train, test = prompts[side == "train"], prompts[side == "test"]
     else:
@@ -272,13 +265,9 @@ def _embed(table: Table, embedder: Any, sides: tuple[Side, Side], folder: Path) 
 def _copy_embeddings(source: Source, sides: tuple[Side, Side], folder: Path) -> int:
     """Stream the embedding column into the bank; returns D."""
     place: dict[int, tuple[Any, int, int]] = {}
-    targets = [
-        _open_target(folder, name, s, source.dim, source.dtype) for name, s in zip(SPLITS, sides, strict=True)
-    ]
+    targets = [_open_target(folder, name, s, source.dim, source.dtype) for name, s in zip(SPLITS, sides, strict=True)]
     for target, side in zip(targets, sides, strict=True):
-        for row, prompt, slot in zip(
-            source.row[side.rows].tolist(), *(p.tolist() for p in side.place), strict=True
-        ):
+        for row, prompt, slot in zip(source.row[side.rows].tolist(), *(p.tolist() for p in side.place), strict=True):
             place[row] = (target, prompt, slot)
     column = str(source.embedding_column)
     for batch in batches(source.path, [column], Problems(source.path)):

@@ -14,7 +14,7 @@ from rmsweep.metrics.ties import average_ranks, tie_means
 
 
 class Pick(NamedTuple):
-    """The response of highest score of each prompt: its golden reward [Q] and that reward's mid-rank quantile [Q]."""
+    """The response of highest score of each prompt: golden reward [Q] and its mid-rank quantile [Q]."""
 
     golden: NDArray[np.float64]
     quantile: NDArray[np.float64]
@@ -23,11 +23,13 @@ class Pick(NamedTuple):
 def best_of_n(score: Floats, golden: Floats) -> NDArray[np.float64]:
     """Expected golden reward of the highest score among N of a prompt's responses, for N = 1 ... M.
 
-    ``sum_i w_i(N) g_(i)``,  w_i(N) = C(M - 1 - i, N - 1) / C(M, N),  g_(i) the golden reward at score rank i = 0, 1, ...
+    ``sum_i w_i(N) g_(i)``,  w_i(N) = C(M - 1 - i, N - 1) / C(M, N),  g_(i) the golden reward at score rank i
+    = 0, 1, ...
 
-    from the best, averaged over tied scores: the subset is uniform, and each of its tied winners equally likely. Exact,
-    nothing is resampled (the released evaluation averages 100 subsets). score, golden [Q, M], golden NaN where there
-    is no response; the value at N averages the prompts with at least N responses. Raises Diverged.
+    from the best, averaged over tied scores: the subset is uniform, and each of its tied winners equally
+    likely. Exact, nothing is resampled (the released evaluation averages 100 subsets). score, golden [Q, M],
+    golden NaN where there is no response; the value at N averages the prompts with at least N responses.
+    Raises Diverged.
     """
     parts = list(groups(score, golden))
     total, n_prompts = np.zeros((2, max((part.m for part in parts), default=0)))
@@ -51,10 +53,10 @@ def order_weights(m: int) -> NDArray[np.float64]:
 
 
 def pick(score: Floats, golden: Floats) -> Pick:
-    """Golden reward and quantile of the highest score of each prompt, averaged over tied scores; NaN without response.
+    """Golden reward and quantile of each prompt's highest score, averaged over tied scores; NaN: no response.
 
-    quantile = (#less + 0.5 #equal) / M of the pick's golden reward among the prompt's responses, itself included: 1/2
-    for a random pick, 1 - 1/(2 M) for the best. score, golden [Q, M]. Raises Diverged.
+    quantile = (#less + 0.5 #equal) / M of the pick's golden reward among the prompt's responses, itself
+    included: 1/2 for a random pick, 1 - 1/(2 M) for the best. score, golden [Q, M]. Raises Diverged.
     """
     picked = Pick(*np.full((2, len(golden)), np.nan))
     for part in groups(score, golden):

@@ -10,7 +10,7 @@ from rmsweep.preferences import Comparisons
 
 
 def same_prompt_pairs(split: Split, n: int, rng: np.random.Generator) -> Comparisons | None:
-    """n pairs of two distinct responses to one prompt, uniform over the prompts with two or more; None without one."""
+    """Draw n pairs of distinct responses to one prompt, prompts with two or more uniform; None: no such."""
     eligible = np.flatnonzero(split.count >= 2)
     if not len(eligible):
         return None
@@ -20,7 +20,7 @@ def same_prompt_pairs(split: Split, n: int, rng: np.random.Generator) -> Compari
 
 
 def cross_prompt_pairs(split: Split, n: int, rng: np.random.Generator) -> Comparisons | None:
-    """n pairs of responses to two different prompts, uniform over prompts, then over responses; None for one prompt."""
+    """Draw n pairs of responses to two prompts, uniform over prompts, then responses; None: one prompt."""
     if split.n_prompts < 2:
         return None
     a, b = rng.integers(split.n_prompts, size=n), rng.integers(split.n_prompts - 1, size=n)
@@ -28,13 +28,11 @@ def cross_prompt_pairs(split: Split, n: int, rng: np.random.Generator) -> Compar
     return Comparisons(a, rng.integers(split.count[a]), b, rng.integers(split.count[b]))
 
 
-def agreement_noisy(
-    score: Floats, split: Split, pairs: Comparisons, probability: NDArray[np.float64]
-) -> float:
+def agreement_noisy(score: Floats, split: Split, pairs: Comparisons, probability: NDArray[np.float64]) -> float:
     """Mean over pairs (a, b) of p where score(a) > score(b), 1 - p where less, 1/2 where equal.
 
-    p = P(a > b) by the annotator, `probability` [C]: the chance that a fresh label agrees with the order by score.
-    score [Q, M] on `split`.
+    p = P(a > b) by the annotator, `probability` [C]: the chance that a fresh label agrees with the order by
+    score. score [Q, M] on `split`.
     """
     flat = np.asarray(score, dtype=np.float64).reshape(-1)
     order = np.sign(flat[pairs.rows_a(split)] - flat[pairs.rows_b(split)])

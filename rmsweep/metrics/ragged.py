@@ -28,14 +28,12 @@ class Group(NamedTuple):
 def groups(score: Floats, golden: Floats) -> Iterator[Group]:
     """Dense groups of equal count, smallest count first; prompts without any response are left out.
 
-    score, golden [Q, M]: golden is NaN where there is no such response, at the end of a row only. Raises DataError on
-    unequal shapes, Diverged on a score of a response that is not finite.
+    score, golden [Q, M]: golden is NaN where there is no such response, at the end of a row only. Raises
+    DataError on unequal shapes, Diverged on a score of a response that is not finite.
     """
     score, golden = np.asarray(score), np.asarray(golden)
     if score.shape != golden.shape or golden.ndim != 2:
-        raise DataError(
-            f"scores {score.shape} and golden rewards {golden.shape} must both be [prompts, responses]"
-        )
+        raise DataError(f"scores {score.shape} and golden rewards {golden.shape} must both be [prompts, responses]")
     valid = np.isfinite(golden)
     check_finite(score[valid])
     count = valid.sum(axis=1)

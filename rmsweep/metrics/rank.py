@@ -14,7 +14,7 @@ from rmsweep.metrics.ties import average_ranks, dense_ranks, runs
 
 @dataclass(frozen=True)
 class PairCounts:
-    """Unordered pairs of responses: with different golden rewards, of these discordant, of these tied in score."""
+    """Pairs of responses with different golden rewards, how many are discordant, how many tied in score."""
 
     untied: int
     discordant: int
@@ -39,8 +39,9 @@ class PairCounts:
 def spearman(score: Floats, golden: Floats) -> float | None:
     """Mean over prompts of the Pearson correlation of the average ranks of score and golden reward.
 
-    Prompts whose golden rewards are all equal have no order to find and are left out; a constant score counts 0. score,
-    golden [Q, M], golden NaN where there is no response. None when no prompt is left. Raises Diverged.
+    Prompts whose golden rewards are all equal have no order to find and are left out; a constant score counts
+    0. score, golden [Q, M], golden NaN where there is no response. None when no prompt is left. Raises
+    Diverged.
     """
     values = [_rank_correlation(part.score, part.golden) for part in groups(score, golden)]
     defined = [v[np.isfinite(v)] for v in values]
@@ -48,7 +49,7 @@ def spearman(score: Floats, golden: Floats) -> float | None:
 
 
 def same_prompt_counts(score: Floats, golden: Floats) -> PairCounts:
-    """Counts over all pairs of responses to one prompt, every pair weighing the same. score, golden [Q, M]."""
+    """Counts over all pairs of responses to one prompt, each weighing the same. score, golden [Q, M]."""
     return sum((pair_counts(part.score, part.golden) for part in groups(score, golden)), PairCounts(0, 0, 0))
 
 
@@ -59,20 +60,21 @@ def all_counts(score: Floats, golden: Floats) -> PairCounts:
 
 
 def agreement(score: Floats, golden: Floats) -> float | None:
-    """Share of same-prompt pairs ordered as their golden rewards, score ties one half, golden ties left out."""
+    """Share of same-prompt pairs ordered as the golden rewards: score ties one half, golden ties left out."""
     return same_prompt_counts(score, golden).agreement
 
 
 def agreement_cross_prompt(score: Floats, golden: Floats) -> float | None:
-    """The same over all pairs of responses to different prompts: all pairs less the same-prompt ones, none sampled."""
+    """The same over all pairs of responses to different prompts: all pairs less same-prompt ones, exact."""
     return (all_counts(score, golden) - same_prompt_counts(score, golden)).agreement
 
 
 def pair_counts(score: NDArray[np.generic], golden: NDArray[np.generic]) -> PairCounts:
     """Counts over the pairs within each row of score, golden [G, m], in O(m log m) (Knight 1966).
 
-    Rows are put in golden order, equal golden rewards in score order; discordant pairs are then the inversions of the
-    score ranks, equal scores ranked in that order. Values travel with their sort keys: key = major * m + minor.
+    Rows are put in golden order, equal golden rewards in score order; discordant pairs are then the
+    inversions of the score ranks, equal scores ranked in that order. Values travel with their sort keys: key
+    = major * m + minor.
     """
     m = golden.shape[1]
     by_golden = np.sort(dense_ranks(golden) * m + dense_ranks(score), axis=1)
@@ -84,10 +86,11 @@ def pair_counts(score: NDArray[np.generic], golden: NDArray[np.generic]) -> Pair
 
 
 def inversions(permutation: Ints) -> int:
-    """Number of pairs i < j with permutation[g, i] > permutation[g, j], over the rows [G, m], each one of 0 ... m - 1.
+    """Number of pairs i < j with row[i] > row[j] over the rows [G, m], each a permutation of 0 ... m - 1.
 
-    From the top bit down: a block of 2h entries holds exactly h consecutive values without the bit and h with it, so its
-    inversions between the two are the sum of the positions of the former less h (h - 1) / 2; then both go on as blocks.
+    From the top bit down: a block of 2h entries holds exactly h consecutive values without the bit and h with
+    it, so its inversions between the two are the sum of the positions of the former less h (h - 1) / 2; then
+    both go on as blocks.
     """
     n_rows, m = permutation.shape
     bits = max(1, (m - 1).bit_length())

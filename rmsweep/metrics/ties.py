@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rmsweep.bank import Ints
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 
 class Runs(NamedTuple):
@@ -57,7 +59,7 @@ def tie_means(ordered: NDArray[np.generic], values: NDArray[np.float64]) -> NDAr
     return np.repeat(mean, same.size).reshape(values.shape)
 
 
-def _back(ordered: NDArray[np.generic], order: Ints) -> NDArray[np.generic]:
+def _back(ordered: NDArray[Scalar], order: Ints) -> NDArray[Scalar]:
     """Undo the sorting `order` of each row."""
     result = np.empty_like(ordered)
     np.put_along_axis(result, order, ordered, axis=1)

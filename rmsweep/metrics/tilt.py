@@ -1,4 +1,4 @@
-"""Tilt: what a KL-regularised policy gets from the scores. Best-of-N cannot see their scale, this policy can."""
+"""Tilt: what a KL-regularised policy gets from the scores. Best-of-N cannot see their scale, it can."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from rmsweep.metrics.ragged import check_finite, groups
 
 
 class Tilt(NamedTuple):
-    """Per temperature [T]: golden reward of the tilted policy, its KL divergence from the uniform pick in nats."""
+    """Per temperature [T]: golden reward of the tilted policy and its KL from the uniform pick in nats."""
 
     golden: NDArray[np.float64]
     kl: NDArray[np.float64]
 
 
 def tilt(score: Floats, golden: Floats, tau: Sequence[float]) -> Tilt:
-    """Golden reward and KL of the policy pi = softmax(score / tau) over a prompt's M responses, averaged over prompts.
+    """Golden reward and KL of pi = softmax(score / tau) over a prompt's M responses, averaged over prompts.
 
-    ``E_pi[g] = sum_i pi_i g_i``,   ``KL = sum_i pi_i log(M pi_i)``: 0 as tau grows, at most log M as it falls. pi is the
-    optimum of E_pi[score] - tau KL(pi | uniform). score, golden [Q, M], golden NaN where there is no response; tau [T]
-    in units of the score. Raises Diverged.
+    ``E_pi[g] = sum_i pi_i g_i``,   ``KL = sum_i pi_i log(M pi_i)``: 0 as tau grows, at most log M as it
+    falls. pi is the optimum of E_pi[score] - tau KL(pi | uniform). score, golden [Q, M], golden NaN where
+    there is no response; tau [T] in units of the score. Raises Diverged.
     """
     total, n_prompts = np.zeros((2, len(tau))), 0
     for part in groups(score, golden):
@@ -36,7 +36,7 @@ def tilt(score: Floats, golden: Floats, tau: Sequence[float]) -> Tilt:
 
 
 def recalibrated(score: Floats, score_calibration: Floats, golden_calibration: Floats) -> NDArray[np.float64]:
-    """Scores [Q, M] in golden units: isotonic regression of golden reward on score, fitted on `..._calibration` [R].
+    """Scores [Q, M] in golden units: isotonic regression of golden on score, fitted on `..._calibration` [R].
 
     Scores outside the fitted range take the value at its end; what stands at padding is 0. Raises Diverged.
     """

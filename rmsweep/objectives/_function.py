@@ -32,9 +32,7 @@ def objective_from_function(name: str, function: LossFunction) -> type:
         pointwise: ClassVar[bool] = False
         code_digest: ClassVar[str] = _digest(function)
 
-        def __call__(
-            self, reward_a: torch.Tensor, reward_b: torch.Tensor, preference: torch.Tensor
-        ) -> torch.Tensor:
+        def __call__(self, reward_a: torch.Tensor, reward_b: torch.Tensor, preference: torch.Tensor) -> torch.Tensor:
             """Loss [C]."""
             return function(reward_a, reward_b, preference)
 

@@ -16,10 +16,8 @@ class Pairing(Protocol):
         """How many comparisons prompts with `n_candidates` [P] can give at most."""
         ...
 
-    def compare(
-        self, candidates: Ints, order: Ints, n: int, pairs_per_prompt: int, streams: Streams
-    ) -> Comparisons:
-        """n comparisons from candidates [P, k] (-1 pads), visiting prompts in `order` [P], `pairs_per_prompt` at each
+    def compare(self, candidates: Ints, order: Ints, n: int, pairs_per_prompt: int, streams: Streams) -> Comparisons:
+        """N comparisons from candidates [P, k] (-1 pads), visiting prompts in `order` [P], `pairs_per_prompt` at each
         visit, then further rounds over all prompts. Draws from the streams ("pairing", ...).
         """
         ...

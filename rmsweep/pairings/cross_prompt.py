@@ -32,7 +32,7 @@ class CrossPrompt:
         return total * (total - 1) // 4
 
     def compare(self, candidates: Ints, order: Ints, n: int, pairs_per_prompt: int, streams: Streams) -> Comparisons:
-        """n comparisons; see Pairing."""
+        """N comparisons; see Pairing."""
         size = (candidates >= 0).sum(axis=1)
         in_use = min(len(order), -(-n // pairs_per_prompt))
         prompt_a = order[(np.arange(n) // pairs_per_prompt) % len(order)]
@@ -55,7 +55,7 @@ class CrossPrompt:
 
 
 def uniform_places(n: int, in_use: int, streams: Streams, attempt: int) -> Ints:
-    """n independent uniform draws from 0..in_use-1 that agree as much as possible between values of `in_use`.
+    """N independent uniform draws from 0..in_use-1 that agree as much as possible between values of `in_use`.
 
     In a random sequence item j is a new minimum with probability 1/(j+1); the last minimum before `in_use` is uniform.
     After minimum c the next one comes at ceil((c + 1) / u) - 1, u uniform.

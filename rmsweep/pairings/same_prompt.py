@@ -27,7 +27,7 @@ class SamePrompt:
         return int((n_candidates * (n_candidates - 1) // 2).sum())
 
     def compare(self, candidates: Ints, order: Ints, n: int, pairs_per_prompt: int, streams: Streams) -> Comparisons:
-        """n comparisons; see Pairing."""
+        """N comparisons; see Pairing."""
         size = (candidates >= 0).sum(axis=1)
         prompt, which = _visits(size * (size - 1) // 2, order, n, pairs_per_prompt)
         first, second = _pairs(size, prompt, which, streams("pairing", "pairs"))

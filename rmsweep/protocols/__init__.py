@@ -66,9 +66,7 @@ class FitProtocol(Protocol):
 
     prompt_order: Literal["file", "shuffled"]
 
-    def split(
-        self, split: Split, preferences: Preferences, pointwise: bool, rng: np.random.Generator
-    ) -> SplitExamples:
+    def split(self, split: Split, preferences: Preferences, pointwise: bool, rng: np.random.Generator) -> SplitExamples:
         """Training and validation examples; `rng` is the stream "split"."""
         ...
 

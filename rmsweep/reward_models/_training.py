@@ -79,7 +79,9 @@ class Loss:
 def forward(network: torch.nn.Module, embedding: Floats, compute: Compute) -> torch.Tensor:
     """Proxy rewards [R], float32, of embeddings [R, D]: products in fp32, or in bf16 with fp32 weights and sums."""
     low = compute.precision == "bf16"
-    rows = torch.from_numpy(np.require(embedding, requirements=["C", "W"])).to(compute.device)  # memory maps are read-only
+    rows = torch.from_numpy(np.require(embedding, requirements=["C", "W"])).to(
+        compute.device
+    )  # memory maps are read-only
     with torch.autocast(compute.device, torch.bfloat16, enabled=low):
         reward: torch.Tensor = network(rows.to(torch.bfloat16 if low else torch.float32))
     return reward.squeeze(-1).float()

@@ -69,7 +69,7 @@ def reward_scale(scale: RewardScale, split: Split) -> float:
 
 
 def solve_beta(difference: NDArray[np.float64], error_rate: float, annotator: Annotator) -> float:
-    """beta with mean_c P(wrong | |d_c|) = error_rate over untied scaled golden differences d [C]."""
+    """Beta with mean_c P(wrong | |d_c|) = error_rate over untied scaled golden differences d [C]."""
     size = np.abs(difference[difference != 0])
     if not len(size):
         raise DesignError(f"error_rate={error_rate}: all golden rewards are equal, no error can be made")
@@ -91,7 +91,7 @@ def same_prompt_differences(split: Split) -> NDArray[np.float64]:
 
 
 def _solved_beta(spec: CellSpec, bank: Bank, scale: float, cache: dict[Any, Any]) -> float:
-    """beta of the cell's error rate: once per bank, or for this cell's design, never dependent on its seed."""
+    """Beta of the cell's error rate: once per bank, or for this cell's design, never dependent on its seed."""
     value = spec.error_rate.value
     assert value is not None
     if spec.error_rate.reference == "this_design":

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Evaluation(NamedTuple):
-    """Metrics (columns of results.parquet), golden reward of each test prompt's pick [Q], proxy scores [Q, M]."""
+    """Columns of results.parquet, golden reward of each test prompt's pick [Q], proxy scores [Q, M]."""
 
     metrics: dict[str, Any]
     golden_picked: NDArray[np.float32]
@@ -86,9 +86,7 @@ def _noisy(spec: CellSpec, score: Floats, bank: Bank, beta: float, cache: dict[A
     n, scale = spec.evaluate.n_noisy_pairs, spec.dataset.reward_scale
     unit = _cached(cache, ("reward_scale", scale), lambda: reward_scale(scale, bank.train))
 
-    def expected(
-        name: str, draw: Callable[[Split, int, np.random.Generator], Comparisons | None]
-    ) -> float | None:
+    def expected(name: str, draw: Callable[[Split, int, np.random.Generator], Comparisons | None]) -> float | None:
         chance = stream(bank.seed, "evaluation", name)
         pairs = _cached(cache, (name, n), lambda: draw(bank.test, n, chance))
         if pairs is None:
@@ -102,10 +100,8 @@ def _noisy(spec: CellSpec, score: Floats, bank: Bank, beta: float, cache: dict[A
     }
 
 
-def _tilt(
-    spec: CellSpec, score: Floats, bank: Bank, model: FittedModel, cache: dict[Any, Any]
-) -> dict[str, Any]:
-    """Tilted policies from raw scores, and from scores recalibrated on training responses (tau then in golden units)."""
+def _tilt(spec: CellSpec, score: Floats, bank: Bank, model: FittedModel, cache: dict[Any, Any]) -> dict[str, Any]:
+    """Policies by raw scores and by scores recalibrated on training responses (tau in golden units)."""
     tau, n = spec.evaluate.tilt_tau, spec.evaluate.n_calibration
     seen = _cached(cache, ("calibration", n), lambda: calibration_split(bank.train, n))
     valid = np.isfinite(seen.golden)
@@ -127,7 +123,7 @@ def calibration_split(split: Split, n: int) -> Split:
 
 
 def _training(preferences: Preferences, history: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of the cell's preferences and of its training; an undefined error rate (all tied) is None."""
+    """What is known of the preferences and of training; an undefined error rate (all tied) is None."""
     error_rate = preferences.annotation_error_rate
     return {
         "n_annotations": len(preferences),
