@@ -123,8 +123,8 @@ def sweep(
     """
     from rmsweep import execute, results
     from rmsweep.engines.local import Local
-    from rmsweep.grid import Grid, describe
-    from rmsweep.plan import make_plan
+    from rmsweep.grid import describe
+    from rmsweep.plan import make
 
     axes = {key: list(values) for key, values in axes.items()}
     own = {name: {"kind": "mlp", "objective": _register(name, loss)} for name, loss in (objectives or {}).items()}
@@ -136,8 +136,7 @@ def sweep(
         if bank is not None:
             bank.write(Path(folder))
             departures = {"dataset": "folder", "dataset.path": folder, **departures}
-        grid = Grid(describe({"name": name, "set": departures, "axes": axes}), presets)
-        plan = make_plan(grid, Path(root))
+        plan = make(describe({"name": name, "set": departures, "axes": axes}), presets)
         engine = Local(workers=0 if own else workers)
         summary = execute.run(plan, Path(root), engine, progress=progress)
     return results.load(summary.results)

@@ -319,10 +319,11 @@ def _unique(cells: Iterable[PlannedCell]) -> list[PlannedCell]:
 
 
 def bank_bytes(spec: CellSpec, shape: BankShape) -> int:
-    """Bytes of the bank on disk: 4 (D + 1) per response, float32 embeddings and the golden reward."""
+    """Bytes of the bank on disk per response: simulated fp16 embeddings, golden reward and ceiling; else fp32."""
     responses = int(shape.count_train.sum()) + int(shape.count_test.sum())
-    dim = spec.size.D if spec.dataset.uses_size else int(getattr(spec.embedder, "dim", 0) or 0)
-    return responses * 4 * (dim + 1)
+    if spec.dataset.uses_size:
+        return responses * (2 * spec.size.D + 8)
+    return responses * 4 * (int(getattr(spec.embedder, "dim", 0) or 0) + 1)
 
 
 def kept_bytes(spec: CellSpec, shape: BankShape, keep: str) -> int:

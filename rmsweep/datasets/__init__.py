@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
+
+from pydantic import Field
 
 from rmsweep.bank import Ints
 from rmsweep.size import Size
 
-RewardScale = float | Literal["sd", "within_prompt_sd"]
+RewardScale = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["sd", "within_prompt_sd"]
 
 
 class BankShape(NamedTuple):

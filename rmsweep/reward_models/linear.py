@@ -1,0 +1,183 @@
+"""A linear reward model: logistic regression on embedding differences (Bradley-Terry) or rows (classification)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from rmsweep.bank import Floats, Ints, Split
+from rmsweep.component import component, nested
+from rmsweep.datasets import BankShape
+from rmsweep.errors import DesignError
+from rmsweep.protocols import Examples, SplitExamples
+from rmsweep.reward_models import TrainingData, score_in_chunks
+from rmsweep.reward_models._history import CHUNK_ROWS, history, logistic_loss, split_examples
+
+Strength = Annotated[float, Field(ge=0)]
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+OBJECTIVES = ("bradley_terry", "classification")
+PATIENCE = 2  # strengths in a row that validate worse than the best: weaker ones will not come back
+CONSTANT = 1e-6  # a feature whose sd is below this share of its mean varies by rounding only
+
+
+@component("reward_model", version=1)
+@dataclass(frozen=True)
+class Linear:
+    """score = w.x [+ b] minimising ``mean_e [log(1 + exp(m_e)) - t_e m_e] + l2/2 |w|^2`` over the training examples.
+
+    bradley_terry: m = w.(x_a - x_b), t = P(a > b), no intercept; classification: m = w.x + b per response, t
+    = 1 for chosen, 0 for rejected, b not penalised. x is standardised by the training responses' mean and
+    standard deviation. l2: a number, or a grid of which the value with the lowest validation loss is taken
+    (from the strongest down, each fit started from the one before, until two in a row are worse). Without
+    validation examples the grid's middle is taken. The model keeps the weights fitted on the training
+    examples; it is not refitted on the validation ones.
+    """
+
+    objective: Any = nested("objective", "bradley_terry")
+    l2: Strength | Annotated[tuple[Strength, ...], Field(min_length=1)] = GRID
+    max_iterations: Annotated[int, Field(ge=1)] = 500
+
+    def skip(self, shape: BankShape) -> str | None:
+        """The reason when the objective is not a logistic regression."""
+        if self.objective.kind in OBJECTIVES:
+            return None
+        return (
+            f"reward_model.kind=linear has no objective {self.objective.kind}: {' or '.join(OBJECTIVES)}; "
+            "reward_model.kind=mlp takes any"
+        )
+
+    def fit(self, data: TrainingData) -> FittedLinear:
+        """Fit the path of strengths and keep the best; raises Diverged, DesignError."""
+        if problem := self.skip(BankShape(data.split.count, data.split.count[:0], has_texts=False)):
+            raise DesignError(problem)
+        examples = split_examples(data, self.objective.pointwise)
+        features = standardisation(data.split, examples.train)
+        train, validation = (features.design(data.split, side) for side in examples)
+        best, iterations = best_on_path(train, validation, self.strengths(examples), self.max_iterations)
+        weight, bias = best.theta[: data.split.dim], float(best.theta[data.split.dim :].sum())
+        found = history(
+            examples,
+            epochs=iterations,
+            train_loss=logistic_loss(train.margin(best.theta), train.target),
+            validation_loss=best.validation_loss,
+            l2=best.l2,
+        )
+        return FittedLinear((weight / features.scale).astype(np.float32), features.mean, bias, found)
+
+    def strengths(self, examples: SplitExamples) -> list[float]:
+        """The l2 to try, strongest first."""
+        grid = sorted(self.l2, reverse=True) if isinstance(self.l2, tuple) else [self.l2]
+        return grid if len(examples.validation) else [grid[len(grid) // 2]]
+
+
+@dataclass(frozen=True, eq=False)
+class FittedLinear:
+    """score(x) = coefficient.(x - mean) + bias; coefficient, mean float32 [D]."""
+
+    coefficient: NDArray[np.float32]
+    mean: NDArray[np.float32]
+    bias: float
+    history: Mapping[str, float | int | None]
+
+    def score(self, split: Split) -> NDArray[np.float32]:
+        """Proxy rewards [P, N] in logits."""
+        return score_in_chunks(split, self.score_rows)
+
+    def score_rows(self, embedding: Floats) -> Floats:
+        """Proxy rewards [R] of float32 embeddings [R, D]."""
+        return (embedding - self.mean) @ self.coefficient + np.float32(self.bias)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """The three parts of the score."""
+        return {"coefficient": self.coefficient, "mean": self.mean, "bias": np.array(self.bias)}
+
+
+class Design(NamedTuple):
+    """Standardised features float32 [E, D], targets float32 [E]; with an intercept theta has D + 1 entries."""
+
+    x: NDArray[np.float32]
+    target: NDArray[np.float32]
+    intercept: bool
+
+    def margin(self, theta: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Margins m [E]; the product is float32, which halves memory and time, sums over examples are float64."""
+        dim = self.x.shape[1]
+        return (self.x @ theta[:dim].astype(np.float32)).astype(np.float64) + theta[dim:].sum()
+
+    def objective(self, theta: NDArray[np.float64], l2: float) -> tuple[float, NDArray[np.float64]]:
+        """Penalised mean loss and its gradient."""
+        dim, margin = self.x.shape[1], self.margin(theta)
+        weight = np.append(theta[:dim], np.zeros(len(theta) - dim))
+        residual = (expit(margin) - self.target) / len(margin)
+        slope = np.append((residual.astype(np.float32) @ self.x).astype(np.float64), [residual.sum()])
+        loss = np.mean(np.logaddexp(0, margin) - self.target * margin) + l2 / 2 * weight @ weight
+        return float(loss), slope[: len(theta)] + l2 * weight
+
+
+class Fit(NamedTuple):
+    """One point of the path."""
+
+    l2: float
+    theta: NDArray[np.float64]
+    validation_loss: float | None
+
+
+def best_on_path(train: Design, validation: Design, strengths: list[float], max_iterations: int) -> tuple[Fit, int]:
+    """The fit of lowest validation loss over `strengths` (descending), and the L-BFGS iterations of the whole path."""
+    theta = np.zeros(train.x.shape[1] + train.intercept)
+    loss: Any = train.objective  # scipy's stubs know no function that returns value and gradient with arguments
+    best, iterations, worse = None, 0, 0
+    for l2 in strengths:
+        options = {"maxiter": max_iterations, "ftol": 1e-8, "gtol": 1e-5}
+        result = minimize(loss, theta, (l2,), method="L-BFGS-B", jac=True, options=options)
+        theta, iterations = result.x, iterations + int(result.nit)
+        fit = Fit(l2, theta, logistic_loss(validation.margin(theta), validation.target))
+        if best is None or (fit.validation_loss or 0) < (best.validation_loss or 0):
+            best, worse = fit, 0
+        else:
+            worse += 1
+        if worse >= PATIENCE:
+            break
+    assert best is not None
+    return best, iterations
+
+
+class Features(NamedTuple):
+    """Mean float32 [D] and scale [D] of the training responses' features; scale is inf for constant features."""
+
+    mean: NDArray[np.float32]
+    scale: NDArray[np.float64]
+
+    def design(self, split: Split, examples: Examples) -> Design:
+        """Standardised rows, or their differences, gathered in chunks."""
+        x = np.empty((len(examples), split.dim), dtype=np.float32)
+        for i in range(0, len(x), CHUNK_ROWS):
+            part = slice(i, i + CHUNK_ROWS)
+            second = self.mean if examples.second is None else split.gather(examples.second[part])
+            np.subtract(split.gather(examples.first[part]), second, out=x[part])
+            x[part] /= self.scale.astype(np.float32)
+        return Design(x, examples.target, intercept=examples.second is None)
+
+
+def standardisation(split: Split, examples: Examples) -> Features:
+    """Mean and standard deviation of the features over all responses of the examples, each as often as it occurs."""
+    rows = examples.first if examples.second is None else np.concatenate([examples.first, examples.second])
+    mean, square = _moments(split, rows)
+    sd = np.sqrt(np.maximum(square - mean**2, 0))
+    return Features(mean.astype(np.float32), np.where(sd > CONSTANT * np.abs(mean), sd, np.inf))
+
+
+def _moments(split: Split, rows: Ints) -> NDArray[np.float64]:
+    """Means of x and x^2 [2, D] over flat bank rows, float64."""
+    total = np.zeros((2, split.dim))
+    for i in range(0, len(rows), CHUNK_ROWS):
+        block = split.gather(rows[i : i + CHUNK_ROWS]).astype(np.float64)
+        total += block.sum(axis=0), (block**2).sum(axis=0)
+    return total / len(rows)
