@@ -153,7 +153,8 @@ class Bank:
         and its layout), optional ceiling_S.npy, prompts_S.parquet; bank.json carries seed and notes.
         """
         notes = json.loads((folder / "bank.json").read_text())
-        return Bank(*(_read_split(folder, name) for name in SPLITS), seed=notes.pop("seed"), notes=notes)
+        train, test = (_read_split(folder, name) for name in SPLITS)
+        return Bank(train, test, seed=notes.pop("seed"), notes=notes)
 
 
 def write_prompts(

@@ -86,7 +86,8 @@ class PlannedCell(NamedTuple):
 def build_cell(config: Mapping[str, Any]) -> CellSpec:
     """The components of a plain cell config; every key and value checked, ConfigError otherwise.
 
-    Keys: the nodes of GROUPS (with `kind`) and `size`; beta, n_annotations, pairs_per_prompt, seed; error_rate, evaluate.
+    Keys: the nodes of GROUPS (with `kind`) and `size`; beta, n_annotations, pairs_per_prompt, seed; error_rate and
+    evaluate.
     """
     known = {*GROUPS, "size", "error_rate", "evaluate", "beta", "n_annotations", "pairs_per_prompt", "seed"}
     for key in config:

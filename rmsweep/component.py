@@ -64,7 +64,7 @@ def component(group: str, kind: str | None = None, *, version: int = 1) -> Calla
 
 def nested(group: str, kind: str) -> Any:
     """A dataclass field that holds a component of `group`; in configs a kind's name or a node with `kind`."""
-    return dataclasses.field(default=kind, metadata={"component": group})  # type: ignore[arg-type]
+    return dataclasses.field(default=kind, metadata={"component": group})
 
 
 def silent(default: Any) -> Any:

@@ -53,7 +53,7 @@ def conf_dir() -> Path:
 
 
 class Presets:
-    """All options of the shipped conf/, of the user's own folders (later ones win), and `extra`: group -> option -> node."""
+    """All options of conf/, of the user's own folders (later ones win), and of `extra`: {group: {option: node}}."""
 
     def __init__(
         self, folders: Iterable[Path] = (), extra: Mapping[str, Mapping[str, dict[str, Any]]] | None = None

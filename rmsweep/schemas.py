@@ -37,9 +37,7 @@ AXES = (
 
 METRICS = (
     Column("bon_n", LI, "the N of bon_golden: 1..M"),
-    Column(
-        "bon_golden", LF, "expected golden reward of the pick among N of the prompt's responses, exact over subsets"
-    ),
+    Column("bon_golden", LF, "expected golden reward of the pick among N responses, exact over subsets"),
     Column("golden_improvement", F, "golden reward of the pick among all responses minus the prompt's mean, averaged"),
     Column("golden_random", F, "mean golden reward of a random pick"),
     Column("golden_best", F, "mean golden reward of the best response of each prompt"),
@@ -58,7 +56,9 @@ METRICS = (
     Column("annotation_error_rate", F, "realised share of preferences against the golden order"),
     Column("golden_gap", F, "mean |golden difference| of the comparisons, in the bank's units"),
     Column("n_train", I, "distinct comparisons with a training example"),
-    Column("n_validation", I, "distinct comparisons with a validation example; under protocol=released many are in both"),
+    Column(
+        "n_validation", I, "distinct comparisons with a validation example; under protocol=released many are in both"
+    ),
     Column("epochs", I, "epochs run (boosting rounds, iterations)"),
     Column("best_epoch", I, "epoch of the lowest validation loss, from 1"),
     Column("train_loss", F, "training loss of the model kept"),

@@ -40,7 +40,7 @@ def test_cross_prompt_rescues_similar_candidates(bank):
 
 
 def test_no_reward_model_beats_the_ceiling(bank):
-    """E[golden | embedding] is the best score of an embedding: catches a leak of golden rewards into training or grading."""
+    """E[golden | embedding] is the best score of an embedding: catches golden rewards leaking into training."""
     spec = make_spec(n_annotations=2000, beta=float("inf"), candidates="diversified")
     metrics = run_cell(spec, bank, Compute()).metrics
     assert metrics["golden_random"] < metrics["bon_golden"][-1] <= metrics["golden_ceiling"] + 0.02

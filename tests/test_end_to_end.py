@@ -1,5 +1,6 @@
 """The real command line on the real pipeline: the demo, resuming, worker counts, kills, bad input."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -73,10 +74,8 @@ def test_kill_dash_nine_and_again_gives_the_same_bytes(whole, tmp_path):
     for seconds in (3.0, 4.5):
         process = subprocess.Popen(command, env=ENV, start_new_session=True, stdout=-3, stderr=-3)
         time.sleep(seconds)
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it may have finished
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it was finished
         process.wait()
     rmsweep("run", *SMALL, "sweep.name=e2e", root=tmp_path)
     assert tables(tmp_path) == tables(whole)

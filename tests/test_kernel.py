@@ -189,6 +189,7 @@ def test_npy_writer_writes_what_numpy_reads(tmp_path):
 
 def test_importing_rmsweep_loads_nothing_heavy():
     """`rmsweep plan` must start at once: torch, pandas and Hydra are loaded when they are used."""
-    code = "import sys, rmsweep, rmsweep.cell; print([m for m in ('torch', 'pandas', 'hydra', 'sklearn', 'lightgbm') if m in sys.modules])"
+    heavy = ("torch", "pandas", "hydra", "sklearn", "lightgbm")
+    code = f"import sys, rmsweep, rmsweep.cell; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

@@ -61,7 +61,7 @@ def test_own_objective_trains(bank):
 def test_sweep_with_own_objective_and_own_bank(bank, tmp_path):
     """The grid of a notebook: own loss beside the published ones, on own arrays, resumed without recomputing."""
     axes = {"beta": [1, 5], "seed": [0, 1]}
-    options = dict(bank=bank, root=tmp_path, progress=False, set={"reward_model.hidden": [16]})
+    options = {"bank": bank, "root": tmp_path, "progress": False, "set": {"reward_model.hidden": [16]}}
     table = rmsweep.sweep(axes, objectives={"hinge": hinge}, **options)
     assert len(table) == 12 and set(table.reward_model) == {"bt_mlp", "clf_mlp", "hinge"}
     assert (table.status == "done").all() and table.golden_improvement.notna().all()

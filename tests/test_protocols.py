@@ -102,8 +102,8 @@ def literal_released(bank, preferences, chance, pointwise, batch, epochs, patien
             pair = [(winners[i], 1.0), (losers[i], 0.0)]
             data += pair if a_wins else pair[::-1]
     else:
-        data = [((w, l), 1.0) for w, l in zip(winners, losers, strict=True)]
-        data += [((l, w), 0.0) for w, l in zip(winners, losers, strict=True)]
+        data = [((win, lose), 1.0) for win, lose in zip(winners, losers, strict=True)]
+        data += [((lose, win), 0.0) for win, lose in zip(winners, losers, strict=True)]
     shuffled = chance("split").permutation(len(data))
     n_val = int(np.ceil(0.2 * len(data)))
     val_ids = set(shuffled[:n_val])

@@ -174,9 +174,9 @@ def _respond(
     n: int,
     chance: np.random.Generator,
 ) -> _Chunk:
-    """N responses to each of p prompts: golden [p, n], ceiling [p, n], embedding [p, n, D]."""
+    """Draw n responses to each of p prompts: golden [p, n], ceiling [p, n], embedding [p, n, D]."""
     p, latent = prompt_latent.shape
-    direction = world.reward.linear / max(np.linalg.norm(world.reward.linear), 1e-300)
+    direction = world.reward.linear / max(float(np.linalg.norm(world.reward.linear)), 1e-300)
     spread = llm.diversity * np.sqrt(config.within_share)
     z = prompt_latent[:, None] + llm.skill * direction + spread * chance.standard_normal((p, n, latent))
     y = z + config.observation_noise * chance.standard_normal((p, n, latent))

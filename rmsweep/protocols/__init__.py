@@ -1,4 +1,7 @@
-"""How a model is fitted: split, batch, epochs, early stopping. `released` restates the published scripts, `clean` does it right."""
+"""How a model is fitted: split, batch, epochs, early stopping.
+
+`released` restates the published scripts, `clean` does it right.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,7 @@ def pairwise(split: Split, preferences: Preferences) -> Examples:
 
 
 def pointwise(split: Split, preferences: Preferences) -> Examples:
-    """Two examples per comparison: a with target p and b with target 1 - p; rows 2c and 2c + 1 belong to comparison c."""
+    """Two examples per comparison: a with target p, b with 1 - p; examples 2c and 2c + 1 belong to comparison c."""
     pairs = preferences.comparisons
     rows = np.stack([pairs.rows_a(split), pairs.rows_b(split)], axis=1).reshape(-1)
     target = np.stack([preferences.preference, 1 - preferences.preference], axis=1).reshape(-1)

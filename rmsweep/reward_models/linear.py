@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from rmsweep.reward_models import TrainingData, score_in_chunks
 from rmsweep.reward_models._history import CHUNK_ROWS, history, logistic_loss, split_examples
 
 Strength = Annotated[float, Field(ge=0)]
-GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0)
 OBJECTIVES = ("bradley_terry", "classification")
 PATIENCE = 2  # strengths in a row that validate worse than the best: weaker ones will not come back
 CONSTANT = 1e-6  # a feature whose sd is below this share of its mean varies by rounding only
@@ -30,17 +30,20 @@ CONSTANT = 1e-6  # a feature whose sd is below this share of its mean varies by 
 @component("reward_model", version=1)
 @dataclass(frozen=True)
 class Linear:
-    """score = w.x [+ b] minimising ``mean_e [log(1 + exp(m_e)) - t_e m_e] + l2/2 |w|^2`` over the training examples.
+    """score = w.x [+ b] minimising ``mean_e [log(1 + exp(m_e)) - t_e m_e] + l2/2 |w|^2`` over training examples.
 
-    bradley_terry: m = w.(x_a - x_b), t = P(a > b), no intercept; classification: m = w.x + b per response, t
-    = 1 for chosen, 0 for rejected, b not penalised. x is standardised by the training responses' mean and
-    standard deviation. l2: a number, or a grid of which the value with the lowest validation loss is taken
-    (from the strongest down, each fit started from the one before, until two in a row are worse). Without
-    validation examples the grid's middle is taken. The model keeps the weights fitted on the training
-    examples; it is not refitted on the validation ones.
+    bradley_terry: m = w.(x_a - x_b), t = P(a > b), no intercept; classification: m = w.x + b per response, t = 1
+    for chosen, 0 for rejected, b not penalised. x is centred and scaled by statistics of the training responses:
+    `common`, one number (the root mean square of the features' standard deviations), so that features of little
+    variance stay small (on lsa embeddings far better where labels are few or noisy); `per_feature`, each by its
+    own standard deviation.
+    l2: a number, or a grid of which the value with the lowest validation loss is taken (from the strongest down,
+    each fit started from the one before, until two in a row are worse). Without validation examples the grid's
+    middle is taken. The weights are those fitted on the training examples, not refitted on the validation ones.
     """
 
     objective: Any = nested("objective", "bradley_terry")
+    scaling: Literal["common", "per_feature"] = "common"
     l2: Strength | Annotated[tuple[Strength, ...], Field(min_length=1)] = GRID
     max_iterations: Annotated[int, Field(ge=1)] = 500
 
@@ -58,7 +61,7 @@ class Linear:
         if problem := self.skip(BankShape(data.split.count, data.split.count[:0], has_texts=False)):
             raise DesignError(problem)
         examples = split_examples(data, self.objective.pointwise)
-        features = standardisation(data.split, examples.train)
+        features = standardisation(data.split, examples.train, self.scaling)
         train, validation = (features.design(data.split, side) for side in examples)
         best, iterations = best_on_path(train, validation, self.strengths(examples), self.max_iterations)
         weight, bias = best.theta[: data.split.dim], float(best.theta[data.split.dim :].sum())
@@ -132,10 +135,10 @@ class Fit(NamedTuple):
 def best_on_path(train: Design, validation: Design, strengths: list[float], max_iterations: int) -> tuple[Fit, int]:
     """The fit of lowest validation loss over `strengths` (descending), and the L-BFGS iterations of the whole path."""
     theta = np.zeros(train.x.shape[1] + train.intercept)
-    loss: Any = train.objective  # scipy's stubs know no function that returns value and gradient with arguments
+    loss: Any = train.objective
     best, iterations, worse = None, 0, 0
     for l2 in strengths:
-        options = {"maxiter": max_iterations, "ftol": 1e-8, "gtol": 1e-5}
+        options: Any = {"maxiter": max_iterations, "ftol": 1e-8, "gtol": 1e-5}
         result = minimize(loss, theta, (l2,), method="L-BFGS-B", jac=True, options=options)
         theta, iterations = result.x, iterations + int(result.nit)
         fit = Fit(l2, theta, logistic_loss(validation.margin(theta), validation.target))
@@ -166,12 +169,14 @@ class Features(NamedTuple):
         return Design(x, examples.target, intercept=examples.second is None)
 
 
-def standardisation(split: Split, examples: Examples) -> Features:
-    """Mean and standard deviation of the features over all responses of the examples, each as often as it occurs."""
+def standardisation(split: Split, examples: Examples, scaling: str) -> Features:
+    """Mean and scale of the features over all responses of the examples, each as often as it occurs."""
     rows = examples.first if examples.second is None else np.concatenate([examples.first, examples.second])
     mean, square = _moments(split, rows)
     sd = np.sqrt(np.maximum(square - mean**2, 0))
-    return Features(mean.astype(np.float32), np.where(sd > CONSTANT * np.abs(mean), sd, np.inf))
+    varies = sd > CONSTANT * np.abs(mean)
+    scale = np.sqrt(np.mean(sd[varies] ** 2)) if scaling == "common" and varies.any() else sd
+    return Features(mean.astype(np.float32), np.where(varies, scale, np.inf))
 
 
 def _moments(split: Split, rows: Ints) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def build_network(widths: Sequence[int], activation: str, rng: np.random.Generat
     Weights and biases ~ U(-1/sqrt(fan_in), 1/sqrt(fan_in)); the last layer has no activation.
     """
     layers: list[torch.nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, fan_out in itertools.pairwise(widths):
         linear = torch.nn.utils.skip_init(torch.nn.Linear, fan_in, fan_out)
         bound = 1 / math.sqrt(fan_in)
         with torch.no_grad():

@@ -153,8 +153,14 @@ class FittedSklearn:
         if hasattr(self.estimator, "decision_function"):
             return np.asarray(self.estimator.decision_function(embedding))
         with np.errstate(divide="ignore"):
-            rejected, chosen = self.estimator.predict_log_proba(embedding).T
+            rejected, chosen = self._log_probability(embedding).T
         return np.nan_to_num(chosen - rejected, nan=np.nan, posinf=CERTAIN, neginf=-CERTAIN)
+
+    def _log_probability(self, embedding: Floats) -> Floats:
+        """Log P of both classes [R, 2]; the estimator's own where it has one: naive Bayes does not saturate there."""
+        if hasattr(self.estimator, "predict_log_proba"):
+            return np.asarray(self.estimator.predict_log_proba(embedding))
+        return np.log(self.estimator.predict_proba(embedding))
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Empty: scikit-learn has no format that is safe to load."""

@@ -81,7 +81,7 @@ def solve_beta(difference: NDArray[np.float64], error_rate: float, annotator: An
 
 
 def same_prompt_differences(split: Split) -> NDArray[np.float64]:
-    """Golden differences of all pairs of responses to one prompt, over evenly spaced prompts where there are too many."""
+    """Golden differences of all pairs of responses to one prompt; of evenly spaced prompts where there are too many."""
     per_prompt = split.n_responses * (split.n_responses - 1) // 2
     step = max(1, -(-split.n_prompts * per_prompt // MAX_REFERENCE_PAIRS))
     golden = split.golden[::step].astype(np.float64)
