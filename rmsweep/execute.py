@@ -1,39 +1,61 @@
-"""The driver: plan -> jobs -> engine -> tables. It never computes a cell itself."""
+"""The driver: plan -> tasks -> engine -> assembled tables.
+
+It decides what is pending (the store says what is done), builds every bank once before the units that need it, gives
+the cells of a dead worker another try, records what cannot be computed, and assembles the tables whatever happened.
+It never loads torch.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import heapq
 import json
 import os
+import platform
 import signal
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from rmsweep import errors, results
+from rmsweep import atomic, results, runner, units
 from rmsweep.cell import PlannedCell
-from rmsweep.engines.local import Local
-from rmsweep.errors import RmsweepError, StoreError
-from rmsweep.plan import Plan
-from rmsweep.runner import PIPELINE, PUBLISH_SECONDS, Job, Report, Settings, cost_table, failed_row, record_table
+from rmsweep.engines.local import Event, Local, Task
+from rmsweep.errors import ConfigError, DataError, RmsweepError, StoreError
+from rmsweep.fingerprint import file_sha256
+from rmsweep.runner import BankTask, CellTask, Job, Reply, UnitTask
 from rmsweep.store import Store
-from rmsweep.units import Unit, make_units
+from rmsweep.units import Unit
 
-MAX_DEATHS = 2
+if TYPE_CHECKING:
+    from rmsweep.plan import Plan
+
+MAX_DEATHS = 2  # of workers, with one and the same cell in flight
+MAX_IDLE_DEATHS = 5  # of workers, with the same unit or bank but no cell in flight
+MAX_BANK_BUILDS = 3
+MAX_SAME_TRACEBACK = 20  # without a single cell done: the fault is not the cells'
+STATUS_FILE = "running.json"
 
 
-class Summary(NamedTuple):
-    """What a run gave: cells of the sweep per status, cells computed now, results.parquet, the signal that ended it."""
+@dataclass(frozen=True)
+class Summary:
+    """What a run leaves: rows of results.parquet by status, and what happened on the way.
 
+    n_computed: cells computed by this run. n_missing: planned cells without a row. interrupted: the signal that
+    stopped the run. notes: corrupt artefacts that were set aside, and anything else worth a warning.
+    """
+
+    name: str
     counts: dict[str, int]
     n_computed: int
+    n_missing: int
     results: Path
     interrupted: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def run(
@@ -43,136 +65,346 @@ def run(
     *,
     progress: bool = True,
     retry: frozenset[str] = frozenset(),
-    pipeline: str = PIPELINE,
-    publish_seconds: float = PUBLISH_SECONDS,
+    work: str = runner.PIPELINE,
 ) -> Summary:
-    """Run the cells of `plan` that have no result yet (and those of `retry`), then write the sweep's tables.
+    """Compute the cells of `plan` that have no record, and write the sweep's tables.
 
-    Raises StoreError when the store cannot be written, DataError when a bank cannot be built.
+    retry: fingerprints of cells that are not done and are to be run again. A plan under a name that exists makes that
+    sweep the union. Raises StoreError when the store cannot be written: before any work where that can be seen.
     """
-    store, folder = Store(root), results.sweep_folder(root, plan.name)
-    store.check_writable()
-    logs = results.make_sweep_folder(root, plan.name)
+    root = Path(root).resolve()
+    folder = results.sweep_folder(root, plan.name)
+    store = Store(root, heal=True)
+    store.prepare()
+    cells = [cell for cell in plan.cells if cell.reason is None]
+    if not all(cell.fingerprint for cell in cells):
+        raise DataError(plan.unknown or f"sweep {plan.name}: the data are not here, so nothing can be computed")
     plan.write(folder)
-    settings = Settings(root, logs, plan.compute, plan.keep, plan.plugins, pipeline, publish_seconds)
-    pending = pending_cells(plan, store, retry)
-    units = make_units(pending, engine.n_workers(len(pending)))
-    attempts = results.attempts(store, retry)
-    drive = _Drive(store, settings, attempts)
-    with _signals() as caught, _bar(progress, len(pending), len(plan.cells)) as bar:
-        for report in engine.run(drive.jobs(units), settings, lambda: caught.signal is not None, drive.on_death):
-            drive.take(report, bar)
-    counts = results.assemble(Plan.read(folder), store, folder)
     results.mark_last(root, plan.name)
-    return Summary(counts, drive.n_computed, folder / "results.parquet", caught.signal)
+    pending = _pending(cells, store, retry)
+    job = Job(root, folder / "logs", plan.compute, plan.keep, _digests(plan.plugins), work)
+    bar = Progress(plan.name, len({cell.fingerprint for cell in pending}), folder, show=progress)
+    schedule = Schedule(job, store, units.split(pending, max(1, engine.n_workers(len(pending)))), bar)
+    stopped = None
+    if pending:
+        with bar:
+            stopped = engine.run(schedule, schedule.n_tasks, runner.PIPELINE_WARM if work == runner.PIPELINE else None)
+    return _finish(root, plan, store, schedule, stopped)
 
 
-def pending_cells(plan: Plan, store: Store, retry: frozenset[str] = frozenset()) -> list[PlannedCell]:
-    """The plan's runnable cells that the store does not hold, and those to run again."""
-    runnable = [cell for cell in plan.cells if cell.reason is None]
-    known = store.done(cell.fingerprint for cell in runnable)
-    return [cell for cell in runnable if cell.fingerprint not in known or cell.fingerprint in retry]
+def _finish(root: Path, plan: Plan, store: Store, schedule: Schedule, stopped: int | None) -> Summary:
+    """Assemble and write the tables of the whole sweep: this plan and what stood under its name."""
+    folder = results.sweep_folder(root, plan.name)
+    tables = results.assemble(type(plan).read(folder).cells, store)
+    path = results.write(folder, tables)
+    notes = [*schedule.notes, *store.corrupt]
+    if store.conflicts:
+        notes.append(
+            f"{len(store.conflicts)} cells have two different results, such as {min(store.conflicts)}: "
+            "something is not deterministic"
+        )
+    for note in notes:
+        print(f"rmsweep: {note}", file=sys.stderr)
+    return Summary(plan.name, tables.counts, schedule.n_computed, tables.n_missing, path, stopped, tuple(notes))
 
 
-@dataclass
-class _Drive:
-    """Turns units into jobs and reports into progress; decides how a dead worker's job goes on."""
+def _pending(cells: Sequence[PlannedCell], store: Store, retry: frozenset[str]) -> list[PlannedCell]:
+    """Cells without a record, and those to retry that are not done."""
+    states = store.done(cell.fingerprint for cell in cells)
+    again = {key for key in retry if states.get(key) not in (None, "done")}
+    return [cell for cell in cells if cell.fingerprint not in states or cell.fingerprint in again]
 
-    store: Store
-    settings: Settings
-    attempts: Mapping[str, int]
-    n_computed: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
-    deaths: Counter[str] = field(default_factory=Counter)
 
-    def jobs(self, units: list[Unit]) -> list[Job]:
-        """A job per bank that is not there yet, then one per unit."""
-        first = {unit.bank_id: unit.cells[:1] for unit in units if not self.store.has_bank(unit.bank_id)}
-        banks = [Job(f"bank-{bank}", "bank", bank, cells) for bank, cells in first.items()]
-        after = {job.bank_id: job.job_id for job in banks}
-        work = [
-            Job(
-                unit.unit_id, "unit", unit.bank_id, unit.cells, after.get(unit.bank_id),
-                {c.fingerprint: self.attempts[c.fingerprint] for c in unit.cells if c.fingerprint in self.attempts},
+def _digests(plugins: Iterable[str]) -> dict[str, str]:
+    return {str(path): file_sha256(Path(path)) for path in plugins}
+
+
+class Schedule:
+    """The source of an engine's tasks: every bank before its units, in plan order; and what becomes of events."""
+
+    def __init__(self, job: Job, store: Store, todo: Sequence[Unit], bar: Progress) -> None:
+        self.job, self.store, self.bar = job, store, bar
+        self.notes: list[str] = []
+        self.n_computed = 0
+        self.n_tasks = len(todo) + len({unit.bank_id for unit in todo})
+        self._ready: list[tuple[int, int, Unit | str]] = []  # heap of (order, tie, unit or bank to build)
+        self._waiting: dict[str, list[Unit]] = {}  # bank -> units that wait for it
+        self._running: dict[str, Unit | str] = {}
+        self._order: dict[str, int] = {}  # bank -> place
+        self._builds: Counter[str] = Counter()
+        self._in_flight: dict[str, str] = {}  # task -> fingerprint
+        self._reported: dict[str, dict[str, str]] = {}  # task -> fingerprint -> status
+        self._deaths: Counter[str] = Counter()
+        self._same: Counter[str] = Counter()
+        self._attempts = self._earlier_attempts([cell.fingerprint for unit in todo for cell in unit.cells])
+        self._n = 0
+        for unit in todo:
+            self._submit(unit)
+
+    # -- tasks out -----------------------------------------------------------------------------------------
+
+    def next(self) -> Task | None:
+        """The next bank to build or unit to run."""
+        if not self._ready:
+            return None
+        item = heapq.heappop(self._ready)[2]
+        task = self._bank_task(item) if isinstance(item, str) else self._unit_task(item)
+        self._running[task.id] = item
+        return task
+
+    def _submit(self, unit: Unit) -> None:
+        """Queue a unit, behind its bank where that is not published."""
+        place = self._order.setdefault(unit.bank_id, len(self._order))
+        if unit.bank_id in self._waiting:
+            self._waiting[unit.bank_id].append(unit)
+        elif self.store.has_bank(unit.bank_id):
+            self._push(place, unit)
+        else:
+            self._build(unit.bank_id, [unit])
+
+    def _build(self, bank_id: str, waiting: list[Unit]) -> None:
+        self._waiting[bank_id] = waiting
+        self._builds[bank_id] += 1
+        if self._builds[bank_id] > MAX_BANK_BUILDS:
+            raise StoreError(
+                f"bank {bank_id} was damaged {MAX_BANK_BUILDS} times after it was built; is the disk sound?"
             )
-            for unit in units
-        ]  # fmt: skip
-        return [*banks, *work]
+        self.bar.banks(+1)
+        self._push(self._order[bank_id], bank_id)
 
-    def take(self, report: Report, bar: Any) -> None:
-        """Count a report; an error of the store or the data ends the run."""
-        if report.what == "finished":
-            self.n_computed += 1
-            if report.text != "done":
-                self.bad[report.text] += 1
-                bar.set_postfix(dict(self.bad), refresh=False)
-            bar.update()
-        elif report.what == "error":
-            name, text = json.loads(report.text)
-            raise getattr(errors, name, RmsweepError)(text)
+    def _push(self, place: int, item: Unit | str) -> None:
+        self._n += 1
+        heapq.heappush(self._ready, (place, self._n, item))
 
-    def on_death(self, job: Job, in_flight: str, number: int) -> Job | None:
-        """The rest of a dead worker's job; a cell that was in flight at two deaths is recorded as failed."""
-        key = in_flight or job.job_id
-        self.deaths[key] += 1
-        if self.deaths[key] >= MAX_DEATHS:
-            reason = f"its worker was killed {MAX_DEATHS} times ({_cause(number)})"
-            if not in_flight:
-                raise StoreError(f"job {job.job_id}: {reason}; see its log in {self.settings.logs}")
-            cell = next(c for c in job.cells if c.fingerprint == in_flight)
-            cost = {"cell_id": cell.cell_id, "fingerprint": in_flight, "unit": job.job_id, "attempt": MAX_DEATHS}
-            self.store.publish_part(job.job_id, record_table([failed_row(cell, reason)]), cost_table([cost]))
-        if job.kind == "bank":
-            return job
-        stored = self.store.done(c.fingerprint for c in job.cells)
-        rest = tuple(c for c in job.cells if c.fingerprint not in stored)
-        return job._replace(cells=rest, after=None) if rest else None
+    def _bank_task(self, bank_id: str) -> Task:
+        config = self._waiting[bank_id][0].cells[0].config
+        return Task(f"bank-{bank_id}", "rmsweep.runner:build_bank", BankTask(self.job, bank_id, config))
+
+    def _unit_task(self, unit: Unit) -> Task:
+        cells = tuple(self._cell_task(cell) for cell in unit.cells)
+        return Task(unit.unit_id, "rmsweep.runner:run_unit", UnitTask(self.job, unit.unit_id, unit.bank_id, cells))
+
+    def _cell_task(self, cell: PlannedCell) -> CellTask:
+        attempt = self._attempts[cell.fingerprint] + 1
+        return CellTask(cell.cell_id, cell.fingerprint, cell.labels, cell.config, attempt)
+
+    def _earlier_attempts(self, fingerprints: Sequence[str]) -> Counter[str]:
+        costs = self.store.costs(fingerprints)
+        pairs = zip(costs["fingerprint"].to_pylist(), costs["attempt"].to_pylist(), strict=True)
+        return Counter({key: attempt or 0 for key, attempt in pairs})
+
+    # -- events in -----------------------------------------------------------------------------------------
+
+    def handle(self, event: Event) -> None:
+        """Take note of what a worker reports."""
+        if event.kind == "message":
+            self._message(event.task_id, *event.data)
+            return
+        item = self._running.pop(event.task_id)
+        if event.kind == "finished":
+            self._finished(event.task_id, item, event.data)
+        elif event.kind == "raised":
+            name, text, trace = event.data
+            self._raised(item, name, text, trace)
+        else:
+            self._died(event.task_id, item, _how_it_died(event.data))
+        self._in_flight.pop(event.task_id, None)
+        self._reported.pop(event.task_id, None)
+
+    def _message(self, task_id: str, kind: str, fingerprint: str, *rest: Any) -> None:
+        if kind == "start":
+            self._in_flight[task_id] = fingerprint
+            return
+        status, trace = rest
+        self._in_flight.pop(task_id, None)
+        self._reported.setdefault(task_id, {})[fingerprint] = status
+        self.n_computed += 1
+        self.bar.cell(status)
+        if trace is not None:
+            self._count_traceback(trace)
+
+    def _count_traceback(self, trace: str) -> None:
+        """Stop a sweep in which everything fails the same way: its author would rather know now."""
+        self._same[trace] += 1
+        if self._same[trace] >= MAX_SAME_TRACEBACK and not self.bar.counts["done"]:
+            raise RmsweepError(
+                f"the first {self._same[trace]} cells failed alike and none is done, so the sweep was stopped; "
+                f"logs are in {self.job.logs}:\n{trace}"
+            )
+
+    def _finished(self, task_id: str, item: Unit | str, reply: Reply) -> None:
+        self.notes += reply.notes
+        if reply.end == "fatal":
+            raise StoreError(reply.error or "the store cannot be written")
+        if isinstance(item, str):
+            self.bar.banks(-1)
+            for unit in self._waiting.pop(item):
+                self._push(self._order[item], unit)
+        elif reply.end == "no_bank":
+            if item.bank_id in self._waiting:
+                self._waiting[item.bank_id].append(item)
+            else:
+                self._build(item.bank_id, [item])
+
+    def _raised(self, item: Unit | str, name: str, text: str, trace: str) -> None:
+        """A bank that cannot be built, or a defect of ours: its cells fail with that reason."""
+        if name == ConfigError.__name__ and "--plugin" in text:
+            raise ConfigError(text)
+        where = "bank: " if isinstance(item, str) else ""
+        self._fail(self._cells_without_record(item), f"{where}{name}: {text}", trace)
+
+    def _died(self, task_id: str, item: Unit | str, how: str) -> None:
+        """Try again what is not stored; a cell in flight goes on alone, so that it takes nobody along."""
+        left = self._cells_without_record(item)
+        self._forget(task_id, left)
+        suspect = self._in_flight.get(task_id)
+        key = suspect or task_id
+        self._deaths[key] += 1
+        if suspect is not None:
+            self._attempts[suspect] += 1
+        given_up = self._deaths[key] >= (MAX_DEATHS if suspect else MAX_IDLE_DEATHS)
+        if isinstance(item, str):
+            self._retry_bank(item, left, how, self._deaths[key] >= MAX_DEATHS)
+            return
+        alone = [cell for cell in left if cell.fingerprint == suspect]
+        rest = [cell for cell in left if cell.fingerprint != suspect]
+        times = {1: "once", 2: "twice"}.get(self._deaths[key], f"{self._deaths[key]} times")
+        if given_up:
+            self._fail(alone or rest, f"worker {how} {times}{_guess(how)}", None)
+        for cells in (rest if alone or not given_up else [], [] if given_up else alone):
+            if cells:
+                self._submit(units.unit_of(cells))
+
+    def _retry_bank(self, bank_id: str, left: list[PlannedCell], how: str, given_up: bool) -> None:
+        if given_up:
+            self._fail(left, f"bank: worker {how} twice{_guess(how)}", None)
+        else:
+            self._push(self._order[bank_id], bank_id)
+
+    def _cells_without_record(self, item: Unit | str) -> list[PlannedCell]:
+        """Cells of a unit, or of all units that wait for a bank (which wait no longer), that the store lacks."""
+        if isinstance(item, str):
+            cells = [cell for unit in self._waiting[item] for cell in unit.cells]
+        else:
+            cells = list(item.cells)
+        stored = self.store.costs(cell.fingerprint for cell in cells)
+        attempts = dict(zip(stored["fingerprint"].to_pylist(), stored["attempt"].to_pylist(), strict=True))
+        records = self.store.done(cell.fingerprint for cell in cells)
+        return [
+            cell
+            for cell in cells
+            if cell.fingerprint not in records
+            or attempts.get(cell.fingerprint, 0) <= self._attempts[cell.fingerprint]  # of an earlier run
+        ]
+
+    def _forget(self, task_id: str, left: Iterable[PlannedCell]) -> None:
+        """Cells that were reported and died with their worker before they were published."""
+        reported = self._reported.get(task_id, {})
+        for cell in left:
+            if cell.fingerprint in reported:
+                self.bar.cell(reported[cell.fingerprint], -1)
+
+    def _fail(self, cells: Sequence[PlannedCell], reason: str, trace: str | None) -> None:
+        """Record cells that could not be computed."""
+        banks = {cell.bank_id for cell in cells} & set(self._waiting)
+        for bank_id in banks:
+            self.bar.banks(-1)
+            del self._waiting[bank_id]
+        if not cells:
+            return
+        unit = units.unit_of(cells)
+        done = [runner.unfinished(unit.unit_id, self._cell_task(cell), "failed", reason, trace) for cell in cells]
+        self.store.publish_part(unit.unit_id, [d.record for d in done], [d.cost for d in done])
+        for _ in cells:
+            self.bar.cell("failed")
 
 
-def _cause(number: int) -> str:
-    """What killed a worker, from its exit code (negative: a signal)."""
-    if number == signal.SIGKILL:
-        return "signal 9, as the kernel does when memory runs out"
-    return signal.Signals(number).name if number > 0 else f"exit code {-number}"
+def _how_it_died(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"ended with exit code {code}"
+    return f"killed by signal {-code}"
 
 
-@dataclass
-class _Caught:
-    signal: int | None = None
+def _guess(how: str) -> str:
+    return " (out of memory?)" if how.endswith(f" {int(signal.SIGKILL)}") else ""
 
 
-@contextmanager
-def _signals() -> Iterator[_Caught]:
-    """Note the first Ctrl-C or SIGTERM; a second one ends the process at once."""
-    caught, before = _Caught(), dict[int, Any]()
+class Progress:
+    """Cells done, failed, left and banks being built: a bar on a terminal, few plain lines elsewhere.
 
-    def handler(number: int, _: object) -> None:
-        if caught.signal is not None:
-            os._exit(128 + number)
-        caught.signal = number
-        print("\nrmsweep: stopping; finished cells are being published", file=sys.stderr)
+    Also keeps running.json in the sweep's folder for `rmsweep status`.
+    """
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            before[number] = signal.signal(number, handler)
-        except ValueError:  # not the main thread of a notebook server: its own handling stays
-            break
-    try:
-        yield caught
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+    def __init__(self, name: str, total: int, folder: Path, *, show: bool) -> None:
+        self.counts: Counter[str] = Counter()
+        self._name, self._total, self._file, self._show = name, total, folder / STATUS_FILE, show
+        self._n_banks, self._bar = 0, None
+        self._start = self._last_line = self._last_file = time.monotonic()
+        self._last_n = 0
+
+    def __enter__(self) -> Progress:
+        if self._show and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar: Any = tqdm(total=self._total, desc=self._name, unit="cell", dynamic_ncols=True, smoothing=0.05)
+        self._save()
+        self._refresh(force=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._refresh(force=True)
+        if self._bar is not None:
+            self._bar.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._file)
+
+    def banks(self, change: int) -> None:
+        """Banks that wait or are being built: one more, one less."""
+        self._n_banks += change
+        self._refresh()
+
+    def cell(self, status: str, change: int = 1) -> None:
+        """A cell ended with `status`; change = -1 takes that back."""
+        self.counts[status] += change
+        if self._bar is not None:
+            self._bar.update(change)
+        self._refresh()
+
+    @property
+    def _n(self) -> int:
+        return sum(self.counts.values())
+
+    def _refresh(self, force: bool = False) -> None:
+        now = time.monotonic()
+        if now - self._last_file > 5:
+            self._last_file = now
+            self._save()
+        text = ", ".join(f"{n} {status}" for status, n in self.counts.items() if n)
+        if self._n_banks:
+            text = ", ".join(filter(None, [text, f"{self._n_banks} banks to build"]))
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+        elif self._show and (force or (now - self._last_line > 10 and self._n - self._last_n >= self._total / 20)):
+            self._last_line, self._last_n = now, self._n
+            eta = self.seconds_left()
+            left = "" if eta is None or not eta else f", about {eta:.0f} s left"
+            print(f"{self._name}: {self._n} of {self._total} cells ({text or 'starting'}){left}", file=sys.stderr)
+
+    def seconds_left(self) -> float | None:
+        """Seconds to go at the mean speed so far; None before the first cell."""
+        elapsed = time.monotonic() - self._start
+        return elapsed * (self._total - self._n) / self._n if self._n else None
+
+    def _save(self) -> None:
+        state = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "total": self._total,
+            "computed": self._n,
+            "eta_seconds": self.seconds_left(),
+        }
+        with contextlib.suppress(StoreError):  # a convenience; a full disk shows where it matters
+            atomic.replace(self._file, json.dumps(state).encode())
 
 
-def _bar(progress: bool, pending: int, cells: int) -> tqdm[Any]:
-    """Progress over the cells to compute; a line every half minute where nobody watches."""
-    watched = sys.stderr.isatty()
-    return tqdm(
-        total=pending,
-        desc=f"{pending} of {cells} cells",
-        unit="cell",
-        disable=not progress or not pending,
-        mininterval=0.2 if watched else 30,
-        smoothing=0.05,
-        dynamic_ncols=watched,
-    )
+_ = dataclasses

@@ -1,297 +1,402 @@
-"""A worker's side: build a bank, run one unit's cells, publish their records in parts."""
+"""A worker's side: build one bank, or run the cells of one unit and publish what they give.
+
+A cell's record is a pure function of its config and its bank; times, memory, host and tracebacks go to its cost row.
+"""
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import functools
+import importlib.metadata
 import json
-import math
 import platform
 import resource
-import signal
+import socket
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import pyarrow as pa
+from numpy.typing import NDArray
 
-from rmsweep.bank import Bank
-from rmsweep.cell import PlannedCell, build_cell
-from rmsweep.errors import DesignError, Diverged, RmsweepError, StoreError
+from rmsweep import plugins
+from rmsweep.errors import ConfigError, DesignError, Diverged, StoreError
 from rmsweep.reward_models import Compute
-from rmsweep.schemas import COSTS, RECORD, arrow
-from rmsweep.store import Store
+from rmsweep.schemas import RECORD
+from rmsweep.store import Store, table_of
 
-PIPELINE = "rmsweep.pipeline:run_cell"
-PUBLISH_SECONDS = 60.0
+PIPELINE = "rmsweep.runner:pipeline"
+PIPELINE_WARM = "rmsweep.runner:warm"
+FLUSH_SECONDS = 60.0
+KEPT_BYTES = 256 << 20  # kept arrays of a unit are merged up to this size, then begin another file
 LIBRARIES = ("rmsweep", "torch", "numpy", "scipy", "scikit-learn", "lightgbm", "pyarrow")
 
 
+class Work(Protocol):
+    """What is run: the real pipeline, or a cheap stand-in of the tests."""
+
+    def build(self, config: Mapping[str, Any], folder: Path) -> None:
+        """Write the bank of a cell's config into `folder`."""
+        ...
+
+    def open(self, folder: Path) -> Any:
+        """The bank in `folder`."""
+        ...
+
+    def run(self, config: Mapping[str, Any], bank: Any, compute: Compute, cache: dict[Any, Any], keep: str) -> Any:
+        """A cell's pipeline.Outcome."""
+        ...
+
+
+class Channel(Protocol):
+    """What the engine offers a task."""
+
+    def send(self, data: Any) -> None:
+        """Tell the driver something."""
+        ...
+
+    def check(self) -> None:
+        """Stop here if that was asked for."""
+        ...
+
+    def shield(self) -> contextlib.AbstractContextManager[None]:
+        """Do not stop inside."""
+        ...
+
+
 class Job(NamedTuple):
-    """One task of an engine: build a bank (`cells` holds one cell that uses it) or run a unit's cells.
-
-    after: the job that must be done first. attempts: fingerprint -> earlier attempts.
-    """
-
-    job_id: str
-    kind: str
-    bank_id: str
-    cells: tuple[PlannedCell, ...]
-    after: str | None = None
-    attempts: dict[str, int] = {}  # noqa: RUF012  never changed
-
-
-class Report(NamedTuple):
-    """What a worker says: `started` and `finished` cells, `done` jobs, `error` (of the store or the data)."""
-
-    what: str
-    job_id: str
-    fingerprint: str = ""
-    text: str = ""
-
-
-class Settings(NamedTuple):
-    """What all jobs of a run share. `pipeline` is set by Python callers only, never by a config."""
+    """What all tasks of a run share. plugins: path -> sha256; work: import path of a Work; logs: a folder."""
 
     root: Path
     logs: Path
     compute: Compute
-    keep: str = "none"
-    plugins: tuple[str, ...] = ()
-    pipeline: str = PIPELINE
-    publish_seconds: float = PUBLISH_SECONDS
+    keep: str
+    plugins: dict[str, str]
+    work: str = PIPELINE
 
 
-class Stop(BaseException):
-    """The worker was asked to stop: publish what is finished and leave."""
+class BankTask(NamedTuple):
+    """A bank to build out of any of its cells' configs."""
+
+    job: Job
+    bank_id: str
+    config: dict[str, Any]
 
 
-class Stopper:
-    """Turns SIGTERM into Stop at the next bytecode, but never inside `shielded` work."""
+class CellTask(NamedTuple):
+    """One cell of a unit; attempt counts from 1."""
 
-    def __init__(self) -> None:
-        self._shields, self._asked = 0, False
-
-    def install(self) -> Stopper:
-        """Take SIGTERM; leave Ctrl-C to the driver."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._on_signal)
-        return self
-
-    @contextmanager
-    def shielded(self) -> Iterator[None]:
-        """Work that must not be cut off, such as publishing; a signal in it counts afterwards."""
-        self._shields += 1
-        try:
-            yield
-        finally:
-            self._shields -= 1
-            self.check()
-
-    def check(self) -> None:
-        """Raise Stop if a signal came while shielded."""
-        if self._asked and not self._shields:
-            self._asked = False
-            raise Stop
-
-    def _on_signal(self, *_: object) -> None:
-        self._asked = True
-        self.check()
+    cell_id: str
+    fingerprint: str
+    labels: dict[str, Any]
+    config: dict[str, Any]
+    attempt: int
 
 
-@dataclass
-class Worker:
-    """Runs jobs one after the other; `send` hands reports to the driver."""
+class UnitTask(NamedTuple):
+    """A unit to run."""
 
-    settings: Settings
-    send: Callable[[Report], None]
-    stopper: Stopper = field(default_factory=Stopper)
-    _bank: tuple[str, Bank, dict[Any, Any]] | None = None
-
-    def run(self, job: Job) -> None:
-        """Run one job to its end; a StoreError or DataError ends the sweep, a failing cell does not."""
-        try:
-            if job.kind == "bank":
-                self._ensure_bank(job)
-            else:
-                self._run_unit(job)
-            self.send(Report("done", job.job_id))
-        except RmsweepError as error:
-            self.send(Report("error", job.job_id, text=json.dumps([type(error).__name__, str(error)])))
-
-    def _ensure_bank(self, job: Job) -> tuple[Bank, dict[Any, Any]]:
-        """The job's bank, built where it is missing or damaged, and the cache of its pure functions."""
-        if self._bank is None or self._bank[0] != job.bank_id:
-            store, spec = Store(self.settings.root), build_cell(job.cells[0].config)
-
-            def generate(folder: Path) -> None:
-                spec.dataset.generate(spec.base_llm, spec.size, spec.embedder, folder)
-
-            bank = store.open_bank(job.bank_id) if store.has_bank(job.bank_id) else None
-            if bank is None:
-                store.publish_bank(job.bank_id, generate)
-                bank = store.open_bank(job.bank_id)
-            if bank is None:
-                raise StoreError(f"bank {job.bank_id} is damaged as soon as it is written: check the disk")
-            self._bank = (job.bank_id, bank, {})
-        return self._bank[1], self._bank[2]
-
-    def _run_unit(self, job: Job) -> None:
-        module, _, name = self.settings.pipeline.partition(":")
-        run_cell = getattr(importlib.import_module(module), name)
-        bank, cache = self._ensure_bank(job)
-        part = Part(self.settings, job)
-        with open(self.settings.logs / f"{job.job_id}.log", "a", encoding="utf-8") as log:
-            try:
-                for cell in job.cells:
-                    self.send(Report("started", job.job_id, cell.fingerprint))
-                    row, cost, kept = attempt(cell, job, bank, cache, run_cell, self.settings)
-                    with self.stopper.shielded():
-                        part.add(row, cost, kept)
-                        print(log_line(row, cost), file=log, flush=True)
-                        self.send(Report("finished", job.job_id, cell.fingerprint, row["status"]))
-                        part.publish_if_due()
-            finally:
-                with self.stopper.shielded():
-                    part.publish()
+    job: Job
+    unit_id: str
+    bank_id: str
+    cells: tuple[CellTask, ...]
 
 
-def attempt(
-    cell: PlannedCell,
-    job: Job,
-    bank: Bank,
-    cache: dict[Any, Any],
-    run_cell: Callable[..., Any],
-    settings: Settings,
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Run a cell: its record, its cost row, what is kept. Any failure is a recorded result."""
-    row: dict[str, Any] = {"fingerprint": cell.fingerprint, "cell_id": cell.cell_id, "reason": None}
-    cost = _cost(cell, job)
+class Reply(NamedTuple):
+    """How a task ended. fatal: the sweep must stop; no_bank: the bank is absent or was corrupt; else ok.
+
+    `notes`: corrupt artefacts that were found.
+    """
+
+    end: str
+    error: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class _Pipeline:
+    """The real thing; imports torch only when used."""
+
+    def build(self, config: Mapping[str, Any], folder: Path) -> None:
+        from rmsweep.cell import build_cell
+
+        spec = build_cell(config)
+        spec.dataset.generate(spec.base_llm, spec.size, spec.embedder, folder)
+
+    def open(self, folder: Path) -> Any:
+        from rmsweep.bank import Bank
+
+        warm()  # so that one_thread finds torch
+        return Bank.read(folder)
+
+    def run(self, config: Mapping[str, Any], bank: Any, compute: Compute, cache: dict[Any, Any], keep: str) -> Any:
+        from rmsweep.cell import build_cell
+        from rmsweep.pipeline import run_cell
+
+        return run_cell(build_cell(config), bank, compute, cache, keep)
+
+
+pipeline = _Pipeline()
+
+
+def warm() -> None:
+    """Import what every cell needs, while another worker builds the first bank."""
+    import rmsweep.pipeline  # noqa: F401
+
+
+def build_bank(task: BankTask, channel: Channel) -> Reply:
+    """Build one bank unless a sound one is there."""
+    store, work = _store(task.job.root), _load(task.job.work)
+    log = Log(task.job.logs / f"bank-{task.bank_id}.log")
     try:
-        outcome = run_cell(build_cell(cell.config), bank, settings.compute, cache, settings.keep)
-    except (StoreError, MemoryError, KeyboardInterrupt):
+        _load_plugins(task.job)
+        start = time.perf_counter()
+        with one_thread():
+            store.build_bank(task.bank_id, lambda folder: work.build(task.config, folder))
+        log.line(f"bank {task.bank_id} ready after {time.perf_counter() - start:.2f} s")
+    except StoreError as error:
+        return Reply("fatal", str(error), _notes(store))
+    except Exception:
+        log.line(traceback.format_exc())
         raise
+    return Reply("ok", notes=_notes(store))
+
+
+def run_unit(task: UnitTask, channel: Channel) -> Reply:
+    """Run a unit's cells one by one; a part is published at the end, when stopped, and at least every 60 s."""
+    store = _store(task.job.root)
+    log = Log(task.job.logs / f"{task.unit_id}.log")
+    try:
+        _load_plugins(task.job)
+        opened = _open_bank(task.job, task.bank_id)
+        if opened is None:
+            return Reply("no_bank", notes=_notes(store))
+        log.line(f"unit {task.unit_id}: {len(task.cells)} cells on bank {task.bank_id}")
+        with one_thread(), Part(store, task.unit_id, channel) as part:
+            for cell in task.cells:
+                channel.check()
+                channel.send(("start", cell.fingerprint))
+                finished = run_cell(task, cell, opened)
+                part.add(finished)
+                log.cell(cell, finished)
+                channel.send(("cell", cell.fingerprint, finished.record["status"], finished.cost["traceback"]))
+    except StoreError as error:
+        return Reply("fatal", str(error), _notes(store))
+    return Reply("ok", notes=_notes(store))
+
+
+class Finished(NamedTuple):
+    """A finished cell: record (schemas.RECORD), cost row (schemas.COSTS), kept arrays by name."""
+
+    record: dict[str, Any]
+    cost: dict[str, Any]
+    kept: Mapping[str, NDArray[Any]]
+
+
+class _Opened(NamedTuple):
+    bank: Any
+    cache: dict[Any, Any]
+
+
+def run_cell(task: UnitTask, cell: CellTask, opened: _Opened) -> Finished:
+    """Run one cell and say how it ended; only a signal or trouble with the store gets out of here."""
+    job = task.job
+    try:
+        outcome = _load(job.work).run(cell.config, opened.bank, job.compute, opened.cache, job.keep)
+        record = {**_record(cell, "done", None), **outcome.metrics}
+        record["golden_picked"] = np.asarray(outcome.golden_picked, dtype=np.float32)
+        table_of([record], RECORD)  # what the table cannot hold fails this cell, not its unit
+    except StoreError:
+        raise
+    except Diverged as error:
+        return unfinished(task.unit_id, cell, "diverged", str(error))
+    except DesignError as error:
+        return unfinished(task.unit_id, cell, "skipped", str(error))
     except Exception as error:
-        status = {Diverged: "diverged", DesignError: "skipped"}.get(type(error), "failed")
-        prefix = "" if isinstance(error, RmsweepError) else f"{type(error).__name__}: "
-        row |= {"status": status, "reason": f"{prefix}{error}"}
-        cost["traceback"] = traceback.format_exc() if status == "failed" else None
-        return row, cost, {}
-    row |= {"status": "done", "golden_picked": outcome.golden_picked, **outcome.metrics}
-    cost |= {f"seconds_{stage}": seconds for stage, seconds in outcome.seconds.items()}
-    cost["peak_memory_mib"] = peak_memory_mib()
-    return row, cost, {f"{cell.fingerprint}/{name}": array for name, array in outcome.kept.items()}
+        reason = f"{type(error).__name__}: {error}"
+        return unfinished(task.unit_id, cell, "failed", reason, traceback.format_exc())
+    cost = {**_cost(task.unit_id, cell), **{f"seconds_{k}": v for k, v in outcome.seconds.items()}}
+    return Finished(record, cost, outcome.kept)
 
 
-class Part:
-    """The records of a unit so far; publishing replaces this attempt's earlier part, the new one first."""
-
-    def __init__(self, settings: Settings, job: Job) -> None:
-        self._store, self._unit, self._every = Store(settings.root), job.job_id, settings.publish_seconds
-        self._rows: list[dict[str, Any]] = []
-        self._costs: list[dict[str, Any]] = []
-        self._kept: dict[str, Any] = {}
-        self._published: list[Path] = []
-        self._written, self._since = 0, time.monotonic()
-
-    def add(self, row: dict[str, Any], cost: dict[str, Any], kept: dict[str, Any]) -> None:
-        """Take one cell's result."""
-        self._rows.append(row)
-        self._costs.append(cost)
-        self._kept |= kept
-
-    def publish_if_due(self) -> None:
-        """Publish when the last part is older than a minute."""
-        if time.monotonic() - self._since >= self._every:
-            self.publish()
-
-    def publish(self) -> None:
-        """Commit all results so far as one part, then remove the part it contains."""
-        if self._written == len(self._rows):
-            return
-        fresh = self._store.publish_part(
-            self._unit, record_table(self._rows), cost_table(self._costs), kept_bytes(self._kept)
-        )
-        for old in set(self._published) - set(fresh):
-            old.unlink(missing_ok=True)
-        self._published, self._written, self._since = fresh, len(self._rows), time.monotonic()
+def unfinished(unit_id: str, cell: CellTask, status: str, reason: str, trace: str | None = None) -> Finished:
+    """A cell that gave no metrics; the reason on one line."""
+    cost = {**_cost(unit_id, cell), "traceback": trace}
+    return Finished(_record(cell, status, " ".join(reason.split())), cost, {})
 
 
-def record_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Records as a table; NaN and infinity are null."""
-    return pa.Table.from_pylist([{k: _finite(v) for k, v in row.items()} for row in rows], schema=RECORD)
+def _record(cell: CellTask, status: str, reason: str | None) -> dict[str, Any]:
+    return {"fingerprint": cell.fingerprint, "cell_id": cell.cell_id, "status": status, "reason": reason}
 
 
-def cost_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Cost rows as a table."""
-    return pa.Table.from_pylist(rows, schema=arrow(COSTS))
-
-
-def kept_bytes(arrays: dict[str, Any]) -> bytes | None:
-    """What `keep` asked for as one safetensors file."""
-    if not arrays:
-        return None
-    from safetensors.numpy import save
-
-    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-
-
-def one_thread(settings: Settings) -> None:
-    """Torch takes its thread count from a call, not only from the environment; fakes need no torch."""
-    if settings.pipeline == PIPELINE:
-        import torch
-
-        torch.set_num_threads(1)
-
-
-def failed_row(cell: PlannedCell, reason: str) -> dict[str, Any]:
-    """The record of a cell that never came back."""
-    return {"fingerprint": cell.fingerprint, "cell_id": cell.cell_id, "status": "failed", "reason": reason}
-
-
-def _cost(cell: PlannedCell, job: Job) -> dict[str, Any]:
+def _cost(unit_id: str, cell: CellTask) -> dict[str, Any]:
     return {
         "cell_id": cell.cell_id,
         "fingerprint": cell.fingerprint,
-        "unit": job.job_id,
-        "attempt": 1 + job.attempts.get(cell.fingerprint, 0),
-        "host": platform.node(),
-        "versions": json.dumps({"python": platform.python_version(), **library_versions()}),
+        "unit": unit_id,
+        "peak_memory_mib": _peak_memory_mib(),
+        "attempt": cell.attempt,
+        "host": socket.gethostname(),
+        "versions": versions(),
+        "traceback": None,
     }
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that make the numbers: provenance, never part of a key."""
-    if not _VERSIONS:
-        _VERSIONS.update({name: version(name) for name in LIBRARIES})
-    return _VERSIONS
-
-
-_VERSIONS: dict[str, str] = {}
-
-
-def peak_memory_mib() -> float:
-    """Peak resident memory of this process in MiB."""
+def _peak_memory_mib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def log_line(row: dict[str, Any], cost: dict[str, Any]) -> str:
-    """One line of a unit's log per cell, with the traceback of a failed one."""
-    seconds = sum(v for k, v in cost.items() if k.startswith("seconds_"))
-    line = f"{row['cell_id']} {row['status']} {seconds:.2f}s {row['reason'] or ''}".rstrip()
-    return line + (f"\n{cost['traceback']}" if cost.get("traceback") else "")
+@functools.cache
+def versions() -> str:
+    """Versions of Python and of the libraries that make numbers, as JSON."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return json.dumps(found, sort_keys=True)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float | np.floating):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return [_finite(v) for v in value] if isinstance(value, list) else value
+class Part:
+    """The finished cells of one attempt at a unit, kept in one published part.
+
+    Leaving the context publishes what is not published yet, also when the worker is stopped. A thread publishes every
+    60 s, so that a long cell does not hold back those before it. Every publication holds all cells so far; the part
+    before goes only after it.
+    """
+
+    def __init__(self, store: Store, unit_id: str, channel: Channel, seconds: float | None = None) -> None:
+        self._store, self._unit_id, self._channel = store, unit_id, channel
+        self._seconds = FLUSH_SECONDS if seconds is None else seconds
+        self._cells: list[Finished] = []
+        self._kept: dict[str, NDArray[Any]] = {}
+        self._published, self._files = 0, list[Path]()
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+
+    def add(self, cell: Finished) -> None:
+        """Take a finished cell; raises what the publishing thread met."""
+        with self._channel.shield(), self._lock:
+            if self._error is not None:
+                raise self._error
+            self._cells.append(cell)
+            self._kept.update({f"{cell.record['fingerprint']}/{k}": v for k, v in cell.kept.items()})
+
+    def flush(self) -> None:
+        """Publish all cells so far as one part, then remove the part that it replaces."""
+        with self._lock:
+            if self._published == len(self._cells):
+                return
+            records, costs = [c.record for c in self._cells], [c.cost for c in self._cells]
+            files = self._store.publish_part(self._unit_id, records, costs, self._kept)
+            self._store.discard(path for path in self._files if path not in files)
+            self._files, self._published = files, len(self._cells)
+            if sum(array.nbytes for array in self._kept.values()) > KEPT_BYTES:
+                self._files = [path for path in files if path.parent.name != "kept"]
+                self._kept = {}
+
+    def _tick(self) -> None:
+        while not self._closed.wait(self._seconds):
+            try:
+                self.flush()
+            except BaseException as error:
+                self._error = error
+                return
+
+    def __enter__(self) -> Part:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._closed.set()
+        with self._channel.shield():
+            if not isinstance(error, StoreError):
+                self.flush()
+
+
+class Log:
+    """One unit's log: which cells ran, how long, and what went wrong. A log that cannot be written stops nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def line(self, text: str) -> None:
+        """Append a line."""
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as handle:
+                handle.write(text.rstrip("\n") + "\n")
+
+    def cell(self, cell: CellTask, finished: Finished) -> None:
+        """One finished cell."""
+        record, cost = finished.record, finished.cost
+        spent = " ".join(f"{k[8:]} {v:.2f} s" for k, v in cost.items() if k.startswith("seconds_") and v is not None)
+        reason = f" ({record['reason']})" if record["reason"] else ""
+        labels = json.dumps(cell.labels, sort_keys=True, default=str)
+        self.line(f"{record['status']}{reason} cell {cell.cell_id} attempt {cell.attempt} {spent} {labels}")
+        if cost["traceback"]:
+            self.line(cost["traceback"])
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Numerical libraries use one thread inside: the bits of a sum depend on how it is split."""
+    import threadpoolctl
+
+    with threadpoolctl.threadpool_limits(limits=1):
+        torch = sys.modules.get("torch")
+        if torch is None:
+            yield
+            return
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+@functools.cache
+def _store(root: Path) -> Store:
+    """This process's store: a bank is verified once per process."""
+    return Store(root, heal=True)
+
+
+def _notes(store: Store) -> tuple[str, ...]:
+    """What was found corrupt since the last reply."""
+    notes = tuple(store.corrupt)
+    store.corrupt.clear()
+    return notes
+
+
+def _load(path: str) -> Any:
+    from rmsweep.engines.local import load
+
+    return load(path)
+
+
+def _load_plugins(job: Job) -> None:
+    """Import the plug-ins; refuse one that is no longer the file that the fingerprints were made from."""
+    for path, sha in job.plugins.items():
+        if plugins.load(path) != sha:
+            raise ConfigError(f"--plugin {path} has changed since this run began; start the run again")
+
+
+_LAST: dict[tuple[Path, str, str], _Opened] = {}
+
+
+def _open_bank(job: Job, bank_id: str) -> _Opened | None:
+    """The bank and what is cached of it; one bank at a time, so that memory is bounded."""
+    key = (job.root, bank_id, job.work)
+    folder = _store(job.root).bank(bank_id)
+    if folder is None:
+        _LAST.pop(key, None)
+        return None
+    if key not in _LAST:
+        _LAST.clear()
+        _LAST[key] = _Opened(_load(job.work).open(folder), {})
+    return _LAST[key]

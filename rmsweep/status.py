@@ -1,91 +1,144 @@
-"""What a sweep has done: counts per state and axis, failures by cause, time left. Truth is what the store holds."""
+"""How far a sweep is: counts per state and per level of every varied axis, failures by cause, time left."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections import Counter, defaultdict
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rmsweep import atomic
+from rmsweep.cell import PlannedCell
+from rmsweep.execute import STATUS_FILE
+from rmsweep.fingerprint import canonical_json
 from rmsweep.plan import Plan
 from rmsweep.results import sweep_folder
-from rmsweep.schemas import AXES
-from rmsweep.store import Store
+from rmsweep.store import State, Store
 
-SECONDS = ("seconds_annotate", "seconds_train", "seconds_evaluate")
+STATES = ("done", "failed", "diverged", "skipped", "pending")
+MAX_LEVELS, MAX_REASONS = 30, 20
 
 
 def summarise(root: Path, name: str) -> dict[str, Any]:
-    """JSON-able summary of the sweep: counts, per axis level, failures grouped by reason, core-seconds left."""
-    plan, store = Plan.read(sweep_folder(root, name)), Store(root)
-    known = store.done(c.fingerprint for c in plan.cells if c.reason is None)
-    states = ["skipped" if c.reason is not None else known.get(c.fingerprint, "pending") for c in plan.cells]
-    axes: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-    for cell, state in zip(plan.cells, states, strict=True):
-        for column, value in cell.labels.items():
-            axes[column][str(value)][state] += 1
-    varied = [c for c in dict.fromkeys([a.name for a in AXES] + list(axes)) if len(axes.get(c, ())) > 1]
-    seconds = _mean_seconds(store, plan)
-    pending = [c for c, s in zip(plan.cells, states, strict=True) if s == "pending"]
+    """State of a sweep, JSON-able: counts, axes (level -> counts), failures by reason, running, corrupt.
+
+    Changes nothing on the disk.
+    """
+    root = Path(root)
+    folder = sweep_folder(root, name)
+    plan, store = Plan.read(folder), Store(root)
+    states = store.states(cell.fingerprint for cell in plan.cells if cell.reason is None)
+    of_cell = [_state(cell, states) for cell in plan.cells]
     return {
         "sweep": name,
+        "folder": str(folder),
         "cells": len(plan.cells),
-        "counts": dict(Counter(states)),
         "device": plan.compute.device,
         "precision": plan.compute.precision,
-        "axes": {column: {level: dict(n) for level, n in axes[column].items()} for column in varied},
-        "failures": dict(_reasons(store, plan).most_common()),
-        "skips": dict(Counter(c.reason for c in plan.cells if c.reason is not None).most_common()),
-        "core_seconds_left": sum(seconds.get(c.labels.get("reward_model"), 0.0) for c in pending) if seconds else None,
-        "logs": str(sweep_folder(root, name) / "logs"),
+        "keep": plan.keep,
+        "counts": _counts(of_cell),
+        "axes": _axes(plan.cells, of_cell),
+        "failures": _failures(plan.cells, of_cell),
+        "running": _running(folder),
+        "corrupt": store.corrupt,
     }
 
 
-def render(summary: dict[str, Any]) -> str:
-    """The summary as text for a terminal."""
-    counts = summary["counts"]
-    lines = [
-        f"sweep {summary['sweep']}: {summary['cells']:,} cells on {summary['device']} in {summary['precision']}",
-        "  " + ", ".join(f"{n:,} {state}" for state, n in sorted(counts.items())),
+def _state(cell: PlannedCell, states: Mapping[str, State]) -> State:
+    if cell.reason is not None:
+        return State("skipped", cell.reason)
+    return states.get(cell.fingerprint, State("pending", None))
+
+
+def _counts(states: Sequence[State]) -> dict[str, int]:
+    found = Counter(state.status for state in states)
+    return {status: found[status] for status in STATES}
+
+
+def _axes(cells: Sequence[PlannedCell], states: Sequence[State]) -> dict[str, dict[str, dict[str, int]]]:
+    """Every label with several values: its levels in plan order, each with its counts."""
+    result: dict[str, dict[str, dict[str, int]]] = {}
+    for name in dict.fromkeys(name for cell in cells for name in cell.labels):
+        levels: dict[str, list[State]] = {}
+        for cell, state in zip(cells, states, strict=True):
+            levels.setdefault(_spelled(cell.labels.get(name)), []).append(state)
+        if len(levels) > 1:
+            result[name] = {level: _counts(group) for level, group in levels.items()}
+    return result
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else canonical_json(value)
+
+
+def _failures(cells: Sequence[PlannedCell], states: Sequence[State]) -> list[dict[str, Any]]:
+    """Failed, diverged and skipped cells grouped by reason, the largest group first; some cell ids of each."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for cell, state in zip(cells, states, strict=True):
+        if state.status not in ("done", "pending"):
+            groups.setdefault((state.status, state.reason or ""), []).append(cell.cell_id)
+    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    return [
+        {"status": status, "reason": reason, "count": len(ids), "cells": ids[:5]} for (status, reason), ids in ordered
     ]
-    if counts.get("pending"):
-        lines.append(f"  left: {_time_left(summary['core_seconds_left'])}; `rmsweep run` with the same words continues")
-    for column, levels in summary["axes"].items():
-        cells = (f"{level} {n.get('done', 0)}/{sum(n.values()) - n.get('skipped', 0)}" for level, n in levels.items())
-        lines.append(f"  {column}: {', '.join(cells)}")
-    for title in ("failures", "skips"):
-        lines += [f"  {title}: {n:,} x {reason}" for reason, n in summary[title].items()]
-    if summary["failures"]:
-        lines.append(f"  logs: {summary['logs']}; `rmsweep retry` runs failed cells again")
+
+
+def _running(folder: Path) -> dict[str, Any] | None:
+    """What the driver of this sweep last said of itself; None when it is not at work on this machine."""
+    try:
+        state: dict[str, Any] = json.loads(atomic.read(folder / STATUS_FILE))
+        if state["host"] == platform.node():
+            os.kill(int(state["pid"]), 0)
+        return state
+    except ProcessLookupError:
+        return None  # it was killed
+    except PermissionError:
+        return state
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """The summary as text for a terminal."""
+    lines = [
+        f"sweep {summary['sweep']}: {summary['cells']:,} cells, {_text(summary['counts'])}",
+        f"device {summary['device']}, precision {summary['precision']}, keep {summary['keep']}; {summary['folder']}",
+    ]
+    if running := summary["running"]:
+        eta = running.get("eta_seconds")
+        left = "time left not known yet" if eta is None else f"about {_duration(eta)} left"
+        lines.append(f"running: {running['computed']:,} of {running['total']:,} cells in this run, {left}")
+    for name, levels in summary["axes"].items():
+        lines.append(name)
+        shown = list(levels.items())[:MAX_LEVELS]
+        width = max(len(level) for level, _ in shown)
+        lines += [f"  {level:{width}}  {_text(counts)}" for level, counts in shown]
+        if len(levels) > MAX_LEVELS:
+            lines.append(f"  ... {len(levels) - MAX_LEVELS} more levels: see --json")
+    lines += _failure_lines(summary["failures"])
+    lines += [f"corrupt: {text}" for text in summary["corrupt"]]
     return "\n".join(lines)
 
 
-def _reasons(store: Store, plan: Plan) -> Counter[str]:
-    """Cells per reason of failing or diverging."""
-    known = store.done(c.fingerprint for c in plan.cells)
-    bad = {f for f, status in known.items() if status in ("failed", "diverged")}
-    reasons: dict[str, str] = {}
-    for table in store.parts("results", ["fingerprint", "status", "reason"]) if bad else ():
-        for row in table.to_pylist():
-            if row["fingerprint"] in bad and row["status"] == known[row["fingerprint"]]:
-                reasons[row["fingerprint"]] = f"{row['status']}: {row['reason']}"
-    return Counter(reasons.values())
+def _failure_lines(failures: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["not done, by reason"] if failures else []
+    for group in failures[:MAX_REASONS]:
+        lines.append(f"  {group['count']:,} {group['status']}: {group['reason']} (cell {group['cells'][0]})")
+    if len(failures) > MAX_REASONS:
+        lines.append(f"  ... {len(failures) - MAX_REASONS} more reasons: see --json")
+    return lines
 
 
-def _mean_seconds(store: Store, plan: Plan) -> dict[Any, float]:
-    """Mean seconds of a finished cell per reward model of this sweep."""
-    model = {c.fingerprint: c.labels.get("reward_model") for c in plan.cells}
-    total, number = Counter[Any](), Counter[Any]()
-    for table in store.parts("costs", ["fingerprint", *SECONDS]):
-        for row in table.to_pylist():
-            if row["fingerprint"] in model and row[SECONDS[1]] is not None:
-                total[model[row["fingerprint"]]] += sum(row[s] or 0.0 for s in SECONDS)
-                number[model[row["fingerprint"]]] += 1
-    return {name: total[name] / n for name, n in number.items()}
+def _text(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n:,} {status}" for status, n in counts.items() if n)
 
 
-def _time_left(core_seconds: float | None) -> str:
-    if core_seconds is None:
-        return "no cell has finished, so nothing is known"
-    cores = os.cpu_count() or 1
-    return f"about {core_seconds / 3600:.2g} core-hours, {core_seconds / cores / 60:.0f} min on {cores} cores"
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -1,162 +1,374 @@
-"""The store: banks and results as immutable, checksummed artefacts; no database, no lock, no append.
+"""The store: banks and cell results as immutable, content-addressed artefacts under root/store.
 
-store/banks/ID/              a bank's files; manifest.json (size and sha256 of each) is its commit mark
-store/results/UNIT-SHA.parquet   records of a unit's cells (schemas.RECORD), named by the digest of their bytes
-store/costs/UNIT-SHA.parquet     what they cost (schemas.COSTS)
-store/kept/UNIT-SHA.safetensors  what `keep` asked for
-store/quarantine/            what failed its checksum
+    banks/<bank_id>/                  files of Bank.read and manifest.json (size and sha256 of each), written last
+    results/<unit>-<sha>.parquet      records of finished cells (schemas.RECORD): deterministic columns only
+    costs/<unit>-<sha>.parquet        what they cost (schemas.COSTS)
+    kept/<unit>-<sha>.safetensors     what `keep` asked for, arrays named <fingerprint>/<name>
+    quarantine/                       whatever failed its checksum
+
+A part's name carries the first 24 hex digits of its sha256 and is verified on every read. What is done is what the
+parts hold: no index, no lock, no appending. Costs and kept arrays are published before the records, whose
+publication is the commit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from rmsweep import atomic
-from rmsweep.bank import Bank
 from rmsweep.errors import StoreError
-from rmsweep.fingerprint import DIGITS, file_sha256
+from rmsweep.fingerprint import DIGITS, canonical_json
+from rmsweep.schemas import COSTS, RECORD, arrow
 
-PART = re.compile(rf"[0-9a-f]+-[0-9a-f]{{{DIGITS}}}\.(parquet|safetensors)")
-ID = re.compile(rf"[0-9a-f]{{{DIGITS}}}")
-RANK = {"done": 0, "diverged": 1, "skipped": 2, "failed": 3}  # of two records of a cell, the lower one counts
+KEY = re.compile(r"[0-9a-f]{16,64}")
+PART = re.compile(rf"([0-9a-f]{{16,64}})-([0-9a-f]{{{DIGITS}}})\.(parquet|safetensors)")
+FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+MANIFEST = "manifest.json"
+RANK = {"done": 0, "diverged": 1, "skipped": 2, "failed": 3}  # which of several records of one cell counts
+COSTS_SCHEMA = arrow(COSTS)
 
 
-@dataclass(frozen=True)
+class State(NamedTuple):
+    """What the store holds of a cell."""
+
+    status: str
+    reason: str | None
+
+
 class Store:
-    """All paths of the store below `root`, and the only code that writes there."""
+    """The artefacts under `root`/store. Reading creates nothing.
 
-    root: Path
+    heal: move what fails its checksum to quarantine, so that it is computed again (runs); without it corrupt parts
+    are only passed over (plan, status). `corrupt` says what was found and what was done about it, `conflicts`
+    names cells of which two records differ (nondeterminism).
+    """
 
-    def folder(self, name: str) -> Path:
-        """store/NAME."""
-        return self.root / "store" / name
+    def __init__(self, root: Path, *, heal: bool = False) -> None:
+        self.folder = root / "store"
+        self.heal = heal
+        self.corrupt: list[str] = []
+        self.conflicts: set[str] = set()
+        self._verified: set[str] = set()
 
-    def check_writable(self) -> None:
-        """StoreError before any work if the store cannot be written."""
-        for name in ("banks", "results", "costs"):
-            atomic.check_writable(self.folder(name))
+    def prepare(self) -> None:
+        """Make the folders and prove that they can be written; StoreError naming the path otherwise."""
+        for name in ("banks", "results", "costs", "kept", "quarantine"):
+            atomic.probe(self.folder / name)
+        atomic.fsync_folder(self.folder)
 
-    # -- banks ------------------------------------------------------------------------------------------------------
+    # -- banks ---------------------------------------------------------------------------------------------
 
     def has_bank(self, bank_id: str) -> bool:
-        """Whether the bank is committed (its checksums are verified when it is opened)."""
-        return (self._bank(bank_id) / "manifest.json").is_file()
+        """Whether a bank is published; its bytes are verified when it is opened."""
+        return (self._bank(bank_id) / MANIFEST).is_file()
 
-    def publish_bank(self, bank_id: str, generate: Callable[[Path], None]) -> None:
-        """Let `generate` write the bank into a hidden folder, checksum it, and commit it under its name."""
-        path = self._bank(bank_id)
-        atomic.make_folder(path.parent)
-        temp = atomic.make_folder(atomic.temp_name(path))
+    def bank(self, bank_id: str) -> Path | None:
+        """Folder of a bank, verified on its first opening in this process; None where it is absent or corrupt."""
+        folder = self._bank(bank_id)
+        if not folder.exists():
+            return None
+        if bank_id in self._verified:
+            return folder
+        problem = bank_problem(folder, bank_id)
+        if problem:
+            self._set_aside(folder, problem)
+            return None
+        self._verified.add(bank_id)
+        return folder
+
+    def build_bank(self, bank_id: str, generate: Callable[[Path], None]) -> Path:
+        """Publish the bank that `generate` writes into a folder; a sound one that is there already is kept."""
+        folder = self.bank(bank_id)
+        if folder is not None:
+            return folder
+        temporary = self.folder / "banks" / atomic.temporary_name(_key(bank_id))
+        with atomic.disk_errors(temporary):
+            os.mkdir(temporary)
         try:
-            generate(temp)
-            atomic.publish(temp / "manifest.json", json.dumps(_manifest(temp), indent=1, sort_keys=True).encode())
-            atomic.publish_folder(temp, path)
-        except StoreError:
-            raise
-        except OSError as error:
-            raise StoreError(
-                f"cannot write {path}: {error}; finished cells are safe, the same command continues"
-            ) from error
+            _generate(generate, temporary)
+            _write_manifest(temporary, bank_id)
+            atomic.publish_folder(temporary, self._bank(bank_id))
         finally:
-            shutil.rmtree(temp, ignore_errors=True)
-
-    def open_bank(self, bank_id: str) -> Bank | None:
-        """The bank, every file's sha256 verified; a corrupt one goes to quarantine and None is returned."""
-        path = self._bank(bank_id)
-        try:
-            manifest = json.loads((path / "manifest.json").read_bytes())
-            sound = _manifest(path) == manifest
-        except (OSError, ValueError):
-            sound = False
-        if sound:
-            return Bank.read(path)
-        self._quarantine(path)
-        return None
+            shutil.rmtree(temporary, ignore_errors=True)
+        folder = self.bank(bank_id)
+        if folder is None:
+            raise StoreError(f"{self._bank(bank_id)}: was published and fails its checksums; is the disk sound?")
+        return folder
 
     def _bank(self, bank_id: str) -> Path:
-        if not ID.fullmatch(bank_id):
-            raise StoreError(f"{bank_id!r} is no bank id")
-        return self.folder("banks") / bank_id
+        return self.folder / "banks" / _key(bank_id)
 
-    # -- parts ------------------------------------------------------------------------------------------------------
+    # -- parts: writing ------------------------------------------------------------------------------------
 
-    def publish_part(self, unit_id: str, records: pa.Table, costs: pa.Table, kept: bytes | None = None) -> list[Path]:
-        """Commit the records of a unit's cells; the records last, since they say that a cell is done."""
-        parts = [("costs", "parquet", parquet_bytes(costs)), ("results", "parquet", parquet_bytes(records))]
-        if kept is not None:
-            parts.insert(0, ("kept", "safetensors", kept))
-        paths = []
-        for name, suffix, data in parts:
-            digest = hashlib.sha256(data).hexdigest()[:DIGITS]
-            paths.append(atomic.make_folder(self.folder(name)) / f"{unit_id}-{digest}.{suffix}")
-            atomic.publish(paths[-1], data)
-        return paths
+    def publish_part(
+        self,
+        unit: str,
+        records: Sequence[Mapping[str, Any]],
+        costs: Sequence[Mapping[str, Any]],
+        kept: Mapping[str, NDArray[Any]] | None = None,
+    ) -> list[Path]:
+        """Publish finished cells of a unit; the records last, since they make the cells done. Files written."""
+        files = [self._part("costs", unit, parquet(table_of(costs, COSTS_SCHEMA)), "parquet")]
+        if kept:
+            files.append(self._part("kept", unit, _safetensors(kept), "safetensors"))
+        return [*files, self._part("results", unit, parquet(table_of(records, RECORD)), "parquet")]
 
-    def parts(self, name: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
-        """Every sound part of store/NAME in the order of their names; a corrupt one goes to quarantine."""
-        for path in self._paths(name):
-            table = self._read(path, columns)
-            if table is not None:
-                yield table
+    def discard(self, files: Iterable[Path]) -> None:
+        """Remove parts that a published one has replaced."""
+        for path in files:
+            with contextlib.suppress(FileNotFoundError), atomic.disk_errors(path):
+                os.unlink(path)
+
+    def _part(self, kind: str, unit: str, data: bytes, suffix: str) -> Path:
+        path = self.folder / kind / f"{_key(unit)}-{_sha(data)}.{suffix}"
+        if path.exists() and _sha_of(path) != _sha(data):
+            self._set_aside(path, "its bytes are not those of its name", force=True)
+        atomic.publish(path, data)
+        return path
+
+    # -- parts: reading ------------------------------------------------------------------------------------
 
     def done(self, fingerprints: Iterable[str]) -> dict[str, str]:
-        """Fingerprint -> status of those cells that have a record."""
-        wanted, found = set(fingerprints), dict[str, str]()
-        for table in self.parts("results", ["fingerprint", "status"]):
-            for fingerprint, status in zip(*(table.column(i).to_pylist() for i in range(2)), strict=True):
-                if fingerprint in wanted and RANK[status] < RANK.get(found.get(fingerprint, ""), 9):
-                    found[fingerprint] = status
-        return found
+        """Fingerprint -> status (done, diverged, skipped, failed) of the cells that have a record."""
+        return {key: state.status for key, state in self.states(fingerprints).items()}
 
-    def _paths(self, name: str) -> list[Path]:
-        folder = self.folder(name)
-        return sorted(p for p in folder.iterdir() if PART.fullmatch(p.name)) if folder.is_dir() else []
+    def states(self, fingerprints: Iterable[str]) -> dict[str, State]:
+        """Fingerprint -> status and reason of the cells that have a record; reads those columns only."""
+        table = self.records(fingerprints, ["status", "reason"])
+        columns = [table[name].to_pylist() for name in ("fingerprint", "status", "reason")]
+        return {key: State(status, reason) for key, status, reason in zip(*columns, strict=True)}
 
-    def _read(self, path: Path, columns: list[str] | None) -> pa.Table | None:
-        """The part at `path` if its bytes hash to its name."""
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None  # merged into another part by its unit
-        if not _hashes_to_name(path, data):
-            self._quarantine(path)
-            return None
-        return pq.read_table(io.BytesIO(data), columns=columns, page_checksum_verification=True)
+    def records(self, fingerprints: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
+        """One record per cell that has any, sorted by fingerprint: a pure function of the records in the parts.
 
-    def _quarantine(self, path: Path) -> None:
-        """Move a corrupt artefact aside; what it held counts as not done."""
-        if not path.exists():
+        Of several records of a cell done goes before diverged, skipped and failed, then the smaller reason, then the
+        smaller digest of the record.
+        """
+        names = RECORD.names if columns is None else list(dict.fromkeys(["fingerprint", "status", "reason", *columns]))
+        schema = pa.schema([RECORD.field(name) for name in names])
+        table = self._table("results", schema, set(fingerprints))
+        keys, statuses, reasons = (table[name].to_pylist() for name in ("fingerprint", "status", "reason"))
+        best: dict[str, tuple[Any, int]] = {}
+        for row, (key, status, reason) in enumerate(zip(keys, statuses, reasons, strict=True)):
+            order = (RANK.get(status, len(RANK)), reason or "")
+            if key not in best or order < best[key][0]:
+                best[key] = (order, row)
+            elif order == best[key][0]:
+                best[key] = (order, self._smaller(table, key, row, best[key][1]))
+        return table.take(pa.array([best[key][1] for key in sorted(best)], pa.int64()))
+
+    def costs(self, fingerprints: Iterable[str]) -> pa.Table:
+        """The cost row of the last attempt of every cell that has any, sorted by fingerprint."""
+        table = self._table("costs", COSTS_SCHEMA, set(fingerprints))
+        keys, attempts = table["fingerprint"].to_pylist(), table["attempt"].to_pylist()
+        last: dict[str, int] = {}
+        for row, key in enumerate(keys):
+            if key not in last or (attempts[row], _row_digest(table, row)) > (
+                attempts[last[key]],
+                _row_digest(table, last[key]),
+            ):
+                last[key] = row
+        return table.take(pa.array([last[key] for key in sorted(last)], pa.int64()))
+
+    def kept(self, fingerprint: str) -> dict[str, NDArray[Any]]:
+        """Arrays that `keep` stored for a cell, by name; empty where there are none."""
+        from safetensors.numpy import load
+
+        prefix = f"{_key(fingerprint)}/"
+        for _, data in self._sound("kept", lambda path: _names_fingerprint(path, prefix)):
+            arrays = {name[len(prefix) :]: a for name, a in load(data).items() if name.startswith(prefix)}
+            if arrays:
+                return arrays
+        return {}
+
+    def _table(self, kind: str, schema: pa.Schema, wanted: Set[str]) -> pa.Table:
+        """The rows of all sound parts of a kind that concern the wanted fingerprints."""
+        tables = [schema.empty_table()]
+        for path, data in self._sound(kind, lambda path: _concerns(path, wanted)):
+            try:
+                file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+                table = file.read(columns=schema.names).select(schema.names).cast(schema)
+            except (OSError, pa.ArrowException, ValueError, KeyError) as error:
+                self._set_aside(path, f"is no part of this version ({error})")
+                continue
+            mask = [key in wanted for key in table["fingerprint"].to_pylist()]
+            tables.append(table if all(mask) else table.filter(pa.array(mask)))
+        return pa.concat_tables(tables)
+
+    def _smaller(self, table: pa.Table, key: str, row: int, other: int) -> int:
+        """The row of the smaller digest; two records of one cell that differ are noted."""
+        digests = _row_digest(table, row), _row_digest(table, other)
+        if digests[0] != digests[1]:
+            self.conflicts.add(key)
+        return row if digests[0] < digests[1] else other
+
+    def _sound(self, kind: str, concerns: Callable[[Path], bool]) -> Iterator[tuple[Path, bytes]]:
+        """Parts of a kind with their verified bytes.
+
+        A part that goes away while we read was merged into one published before: list again until nothing is new.
+        """
+        seen: set[str] = set()
+        while fresh := sorted(set(_parts(self.folder / kind)) - seen):
+            seen |= set(fresh)
+            for name in fresh:
+                path = self.folder / kind / name
+                try:
+                    data = atomic.read(path) if concerns(path) else None
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    self._set_aside(path, f"cannot be read ({error.strerror})")
+                    continue
+                if data is None:
+                    continue
+                if _sha(data) != name.partition("-")[2].partition(".")[0]:
+                    self._set_aside(path, "its bytes are not those of its name")
+                    continue
+                yield path, data
+
+    def _set_aside(self, path: Path, problem: str, *, force: bool = False) -> None:
+        """Note a corrupt artefact; where this store heals, move it to quarantine."""
+        if not (self.heal or force):
+            self.corrupt.append(f"{path}: {problem}")
             return
-        target = atomic.temp_name(atomic.make_folder(self.folder("quarantine")) / path.name)
-        os.rename(path, target)
-        print(f"rmsweep: {path} is damaged; moved to {target}, it will be made again", file=sys.stderr)
+        target = self.folder / "quarantine" / f"{path.name}.{uuid.uuid4().hex[:8]}"
+        with contextlib.suppress(FileNotFoundError), atomic.disk_errors(path):
+            os.rename(path, target)
+            atomic.fsync_folder(path.parent)
+        self.corrupt.append(f"{path}: {problem}; moved to {target}, it will be computed again")
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as Parquet with page checksums; equal tables give equal bytes."""
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True, store_schema=True)
-    return sink.getvalue()
+def bank_problem(folder: Path, bank_id: str) -> str | None:
+    """What is wrong with a published bank (absent, foreign or changed files), or None."""
+    try:
+        manifest = json.loads(atomic.read(folder / MANIFEST))
+        files = manifest["files"]
+        if manifest["digest"] != _manifest_digest(bank_id, files):
+            return f"{MANIFEST} is damaged or belongs to another bank"
+        present = {entry.name for entry in folder.iterdir()} - {MANIFEST}
+        if present != set(files):
+            return f"files {sorted(present ^ set(files))} are absent or foreign"
+        for name, entry in files.items():
+            if [*atomic.sha256(folder / name)] != [entry["size"], entry["sha256"]]:
+                return f"{name} fails its checksum"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is absent"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"cannot be read ({error})"
+    return None
 
 
-def _hashes_to_name(path: Path, data: bytes) -> bool:
-    return hashlib.sha256(data).hexdigest()[:DIGITS] == path.stem.rpartition("-")[2]
+def _generate(generate: Callable[[Path], None], folder: Path) -> None:
+    try:
+        generate(folder)
+    except StoreError:
+        raise
+    except OSError as error:
+        if atomic.is_disk_trouble(error):
+            raise StoreError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        raise
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    """Name -> size and sha256 of every file but the manifest."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != "manifest.json" and p.name[0] != ".")
-    return {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
+def _write_manifest(folder: Path, bank_id: str) -> None:
+    """Bring every file of a bank to the disk, then write manifest.json: the commit mark."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if not FILE.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+            raise StoreError(f"{path}: a bank is a flat folder of plain files")
+        size, sha = atomic.fsync_file(path)
+        files[path.name] = {"size": size, "sha256": sha}
+    manifest = {"bank_id": bank_id, "digest": _manifest_digest(bank_id, files), "files": files}
+    atomic.publish(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+
+
+def _manifest_digest(bank_id: str, files: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json({"bank_id": bank_id, "files": files}).encode()).hexdigest()
+
+
+def _key(key: str) -> str:
+    """`key` if it is one: names never become paths."""
+    if not KEY.fullmatch(key):
+        raise StoreError(f"{key!r} is no key of the store; allowed: 16 to 64 hex digits")
+    return key
+
+
+def _parts(folder: Path) -> list[str]:
+    """Names of the parts in a folder; temporary and foreign files are none."""
+    try:
+        return [name for name in os.listdir(folder) if PART.fullmatch(name)]
+    except FileNotFoundError:
+        return []
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as a table; a key that the schema does not know is an error, an absent one is null."""
+    for row in rows:
+        if unknown := sorted(set(row) - set(schema.names)):
+            raise ValueError(f"columns {unknown} are not in the schema; add them to rmsweep/schemas.py")
+    columns = {field.name: pa.array([_plain(row.get(field.name)) for row in rows], field.type) for field in schema}
+    return pa.table(columns, schema=schema)
+
+
+def parquet(table: pa.Table) -> bytes:
+    """Parquet bytes of a table, each page with a checksum."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _safetensors(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    from safetensors.numpy import save
+
+    return save({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)})
+
+
+def _concerns(path: Path, wanted: Set[str]) -> bool:
+    """Whether a part may hold a wanted cell: foreign sweeps' parts need not be read whole."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return not wanted.isdisjoint(file.read(columns=["fingerprint"])["fingerprint"].to_pylist())
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException, ValueError, KeyError):
+        return True  # the checksum will tell
+
+
+def _names_fingerprint(path: Path, prefix: str) -> bool:
+    """Whether the header of a safetensors file (length as uint64, then JSON) names arrays of a cell."""
+    with open(path, "rb") as handle:
+        header = handle.read(min(int.from_bytes(handle.read(8), "little"), 1 << 24))
+    return f'"{prefix}'.encode() in header
+
+
+def _row_digest(table: pa.Table, row: int) -> str:
+    return hashlib.sha256(repr(table.slice(row, 1).to_pylist()).encode()).hexdigest()
+
+
+def _sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:DIGITS]
+
+
+def _sha_of(path: Path) -> str:
+    try:
+        return _sha(atomic.read(path))
+    except OSError:
+        return ""

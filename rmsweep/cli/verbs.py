@@ -81,6 +81,7 @@ def _planned(args: argparse.Namespace, need_data: bool) -> tuple[Any, Any]:
     from rmsweep import plugins
     from rmsweep.cli import compose
     from rmsweep.cli.device import resolve_compute
+    from rmsweep.results import sweep_folder
 
     for file in args.plugin:
         plugins.load(file)
@@ -186,7 +187,7 @@ def _results(args: argparse.Namespace) -> int:
         print(results.schema_text())
         return 0
     root, name, _ = _named(args.words)
-    folder = sweep_folder(root, name)
+    folder = results.sweep_folder(root, name)
     frame = results.query(folder, args.sql) if args.sql else results.load(folder)
     if args.csv:
         frame.to_csv(sys.stdout, index=False)
@@ -198,6 +199,7 @@ def _results(args: argparse.Namespace) -> int:
 def _retry(args: argparse.Namespace) -> int:
     from rmsweep import execute, plugins
     from rmsweep.plan import Plan, read_header
+    from rmsweep.results import sweep_folder
 
     root, name, words = _named(args.words)
     folder = sweep_folder(root, name)
@@ -257,8 +259,6 @@ def _named(words: Sequence[str]) -> tuple[Path, str, list[str]]:
     if names and names[0] not in known:
         raise unknown(f"sweep under root={root}", names[0], known)
     name = names[0] if names else results.last_sweep(root)
-    if name is None:
-        raise ConfigError(f"no sweep under root={root} yet; `rmsweep run` makes one")
     return root, name, [w for w in words if "=" in w and not w.startswith("root=")]
 
 

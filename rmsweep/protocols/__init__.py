@@ -69,11 +69,13 @@ class FitProtocol(Protocol):
 
     prompt_order: Literal["file", "shuffled"]
 
-    def split(self, split: Split, preferences: Preferences, pointwise: bool, rng: np.random.Generator) -> SplitExamples:
+    def split(
+        self, split: Split, preferences: Preferences, pointwise_rows: bool, rng: np.random.Generator
+    ) -> SplitExamples:
         """Training and validation examples; `rng` is the stream "split"."""
         ...
 
-    def schedule(self, n_train: int, pointwise: bool) -> Schedule:
+    def schedule(self, n_train: int, pointwise_rows: bool) -> Schedule:
         """Batch, learning rate and stopping for `n_train` training examples."""
         ...
 
