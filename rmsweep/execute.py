@@ -8,7 +8,6 @@ It never loads torch.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import heapq
 import json
 import os
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from rmsweep import atomic, results, runner, units
 from rmsweep.cell import PlannedCell
 from rmsweep.engines.local import Event, Local, Task
-from rmsweep.errors import ConfigError, DataError, RmsweepError, StoreError
+from rmsweep.errors import ConfigError, DataError, StoreError
 from rmsweep.fingerprint import file_sha256
 from rmsweep.runner import BankTask, CellTask, Job, Reply, UnitTask
 from rmsweep.store import Store
@@ -39,6 +38,7 @@ MAX_IDLE_DEATHS = 5  # of workers, with the same unit or bank but no cell in fli
 MAX_BANK_BUILDS = 3
 MAX_SAME_TRACEBACK = 20  # without a single cell done: the fault is not the cells'
 STATUS_FILE = "running.json"
+WARM = "rmsweep.runner:warm"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def run(
     stopped = None
     if pending:
         with bar:
-            stopped = engine.run(schedule, schedule.n_tasks, runner.PIPELINE_WARM if work == runner.PIPELINE else None)
+            stopped = engine.run(schedule, schedule.n_tasks, WARM if work == runner.PIPELINE else None)
     return _finish(root, plan, store, schedule, stopped)
 
 
@@ -98,6 +98,8 @@ def _finish(root: Path, plan: Plan, store: Store, schedule: Schedule, stopped: i
     tables = results.assemble(type(plan).read(folder).cells, store)
     path = results.write(folder, tables)
     notes = [*schedule.notes, *store.corrupt]
+    if tables.n_missing:
+        notes.append(f"{tables.n_missing:,} cells of sweep {plan.name} have no result yet")
     if store.conflicts:
         notes.append(
             f"{len(store.conflicts)} cells have two different results, such as {min(store.conflicts)}: "
@@ -136,8 +138,9 @@ class Schedule:
         self._reported: dict[str, dict[str, str]] = {}  # task -> fingerprint -> status
         self._deaths: Counter[str] = Counter()
         self._same: Counter[str] = Counter()
-        self._attempts = self._earlier_attempts([cell.fingerprint for unit in todo for cell in unit.cells])
-        self._n = 0
+        keys = [cell.fingerprint for unit in todo for cell in unit.cells]
+        self._attempts, self._retried = self._earlier_attempts(keys), set(store.done(keys))
+        self._n, self._given_up = 0, False
         for unit in todo:
             self._submit(unit)
 
@@ -145,7 +148,7 @@ class Schedule:
 
     def next(self) -> Task | None:
         """The next bank to build or unit to run."""
-        if not self._ready:
+        if not self._ready or self._given_up:
             return None
         item = heapq.heappop(self._ready)[2]
         task = self._bank_task(item) if isinstance(item, str) else self._unit_task(item)
@@ -224,78 +227,87 @@ class Schedule:
             self._count_traceback(trace)
 
     def _count_traceback(self, trace: str) -> None:
-        """Stop a sweep in which everything fails the same way: its author would rather know now."""
+        """Begin nothing new when everything fails the same way: the user would rather know now."""
         self._same[trace] += 1
-        if self._same[trace] >= MAX_SAME_TRACEBACK and not self.bar.counts["done"]:
-            raise RmsweepError(
-                f"the first {self._same[trace]} cells failed alike and none is done, so the sweep was stopped; "
-                f"logs are in {self.job.logs}:\n{trace}"
+        if self._same[trace] == MAX_SAME_TRACEBACK and not self.bar.counts["done"]:
+            self._given_up = True
+            self.notes.append(
+                f"stopped early: the first {self._same[trace]} cells failed alike and none is done; "
+                f"logs are in {self.job.logs}\n{trace}"
             )
 
     def _finished(self, task_id: str, item: Unit | str, reply: Reply) -> None:
         self.notes += reply.notes
         if reply.end == "fatal":
             raise StoreError(reply.error or "the store cannot be written")
+        if reply.end == "bad_plugin":
+            raise ConfigError(reply.error)
         if isinstance(item, str):
-            self.bar.banks(-1)
-            for unit in self._waiting.pop(item):
+            for unit in self._built(item):
                 self._push(self._order[item], unit)
         elif reply.end == "no_bank":
-            if item.bank_id in self._waiting:
-                self._waiting[item.bank_id].append(item)
-            else:
-                self._build(item.bank_id, [item])
+            self._rebuild(item)
+
+    def _rebuild(self, unit: Unit) -> None:
+        """The unit found its bank absent or corrupt."""
+        if unit.bank_id in self._waiting:
+            self._waiting[unit.bank_id].append(unit)
+        else:
+            self._build(unit.bank_id, [unit])
+
+    def _built(self, bank_id: str) -> list[Unit]:
+        """The units that waited for a bank; it is no longer to be built."""
+        self.bar.banks(-1)
+        return self._waiting.pop(bank_id)
 
     def _raised(self, item: Unit | str, name: str, text: str, trace: str) -> None:
         """A bank that cannot be built, or a defect of ours: its cells fail with that reason."""
-        if name == ConfigError.__name__ and "--plugin" in text:
-            raise ConfigError(text)
-        where = "bank: " if isinstance(item, str) else ""
-        self._fail(self._cells_without_record(item), f"{where}{name}: {text}", trace)
+        if isinstance(item, str):
+            cells = [cell for unit in self._built(item) for cell in unit.cells]
+            self._fail(self._not_stored(cells), f"bank: {name}: {text}", trace)
+        else:
+            self._fail(self._not_stored(item.cells), f"{name}: {text}", trace)
 
     def _died(self, task_id: str, item: Unit | str, how: str) -> None:
         """Try again what is not stored; a cell in flight goes on alone, so that it takes nobody along."""
-        left = self._cells_without_record(item)
-        self._forget(task_id, left)
-        suspect = self._in_flight.get(task_id)
-        key = suspect or task_id
-        self._deaths[key] += 1
-        if suspect is not None:
-            self._attempts[suspect] += 1
-        given_up = self._deaths[key] >= (MAX_DEATHS if suspect else MAX_IDLE_DEATHS)
         if isinstance(item, str):
-            self._retry_bank(item, left, how, self._deaths[key] >= MAX_DEATHS)
+            self._bank_died(task_id, item, how)
             return
+        left, suspect = self._not_stored(item.cells), self._in_flight.get(task_id)
+        self._forget(task_id, left)
         alone = [cell for cell in left if cell.fingerprint == suspect]
         rest = [cell for cell in left if cell.fingerprint != suspect]
-        times = {1: "once", 2: "twice"}.get(self._deaths[key], f"{self._deaths[key]} times")
-        if given_up:
+        for cell in alone:
+            self._attempts[cell.fingerprint] += 1
+        key, limit = (alone[0].fingerprint, MAX_DEATHS) if alone else (task_id, MAX_IDLE_DEATHS)
+        if self._is_hopeless(key, limit):
+            times = "twice" if alone else f"{limit} times before a cell began"
             self._fail(alone or rest, f"worker {how} {times}{_guess(how)}", None)
-        for cells in (rest if alone or not given_up else [], [] if given_up else alone):
+            alone, rest = [], rest if alone else []
+        for cells in (rest, alone):
             if cells:
                 self._submit(units.unit_of(cells))
 
-    def _retry_bank(self, bank_id: str, left: list[PlannedCell], how: str, given_up: bool) -> None:
-        if given_up:
-            self._fail(left, f"bank: worker {how} twice{_guess(how)}", None)
-        else:
+    def _bank_died(self, task_id: str, bank_id: str, how: str) -> None:
+        if not self._is_hopeless(task_id, MAX_IDLE_DEATHS):
             self._push(self._order[bank_id], bank_id)
+            return
+        cells = [cell for unit in self._built(bank_id) for cell in unit.cells]
+        self._fail(self._not_stored(cells), f"bank: worker {how} {MAX_IDLE_DEATHS} times{_guess(how)}", None)
 
-    def _cells_without_record(self, item: Unit | str) -> list[PlannedCell]:
-        """Cells of a unit, or of all units that wait for a bank (which wait no longer), that the store lacks."""
-        if isinstance(item, str):
-            cells = [cell for unit in self._waiting[item] for cell in unit.cells]
-        else:
-            cells = list(item.cells)
-        stored = self.store.costs(cell.fingerprint for cell in cells)
-        attempts = dict(zip(stored["fingerprint"].to_pylist(), stored["attempt"].to_pylist(), strict=True))
-        records = self.store.done(cell.fingerprint for cell in cells)
-        return [
-            cell
-            for cell in cells
-            if cell.fingerprint not in records
-            or attempts.get(cell.fingerprint, 0) <= self._attempts[cell.fingerprint]  # of an earlier run
-        ]
+    def _is_hopeless(self, key: str, limit: int) -> bool:
+        """Count one more death; whether there were too many."""
+        self._deaths[key] += 1
+        return self._deaths[key] >= limit
+
+    def _not_stored(self, cells: Iterable[PlannedCell]) -> list[PlannedCell]:
+        """Cells without a record of this run."""
+        cells = list(cells)
+        keys = [cell.fingerprint for cell in cells]
+        records, costs = self.store.done(keys), self.store.costs(keys)
+        attempts = dict(zip(costs["fingerprint"].to_pylist(), costs["attempt"].to_pylist(), strict=True))
+        stale = {k for k in self._retried if attempts.get(k, 0) <= self._attempts[k]}
+        return [cell for cell in cells if cell.fingerprint not in records or cell.fingerprint in stale]
 
     def _forget(self, task_id: str, left: Iterable[PlannedCell]) -> None:
         """Cells that were reported and died with their worker before they were published."""
@@ -306,10 +318,6 @@ class Schedule:
 
     def _fail(self, cells: Sequence[PlannedCell], reason: str, trace: str | None) -> None:
         """Record cells that could not be computed."""
-        banks = {cell.bank_id for cell in cells} & set(self._waiting)
-        for bank_id in banks:
-            self.bar.banks(-1)
-            del self._waiting[bank_id]
         if not cells:
             return
         unit = units.unit_of(cells)
@@ -338,7 +346,8 @@ class Progress:
     def __init__(self, name: str, total: int, folder: Path, *, show: bool) -> None:
         self.counts: Counter[str] = Counter()
         self._name, self._total, self._file, self._show = name, total, folder / STATUS_FILE, show
-        self._n_banks, self._bar = 0, None
+        self._n_banks = 0
+        self._bar: Any = None
         self._start = self._last_line = self._last_file = time.monotonic()
         self._last_n = 0
 
@@ -346,7 +355,7 @@ class Progress:
         if self._show and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar: Any = tqdm(total=self._total, desc=self._name, unit="cell", dynamic_ncols=True, smoothing=0.05)
+            self._bar = tqdm(total=self._total, desc=self._name, unit="cell", dynamic_ncols=True, smoothing=0.05)
         self._save()
         self._refresh(force=True)
         return self
@@ -405,6 +414,3 @@ class Progress:
         }
         with contextlib.suppress(StoreError):  # a convenience; a full disk shows where it matters
             atomic.replace(self._file, json.dumps(state).encode())
-
-
-_ = dataclasses

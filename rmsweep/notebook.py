@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from rmsweep import component
 from rmsweep.bank import Bank, Split
 from rmsweep.cell import GROUPS, CellSpec, build_cell
 from rmsweep.errors import ConfigError
+from rmsweep.fingerprint import digest, file_sha256
 from rmsweep.preferences import Preferences
 from rmsweep.presets import Presets
 from rmsweep.reward_models import Compute, FittedModel
@@ -132,13 +134,10 @@ def sweep(
         axes["reward_model"] = ["bt_mlp", "clf_mlp", *own]
     presets = Presets([Path(folder) for folder in config_dirs], extra={"reward_model": own})
     departures = dict(set or {})
-    with tempfile.TemporaryDirectory() as folder:
-        if bank is not None:
-            bank.write(Path(folder))
-            departures = {"dataset": "folder", "dataset.path": folder, **departures}
-        plan = make(describe({"name": name, "set": departures, "axes": axes}), presets)
-        engine = Local(workers=0 if own else workers)
-        summary = execute.run(plan, Path(root), engine, progress=progress)
+    if bank is not None:
+        departures = {"dataset": "folder", "dataset.path": str(_imported(bank, Path(root))), **departures}
+    plan = make(describe({"name": name, "set": departures, "axes": axes}), presets)
+    summary = execute.run(plan, Path(root), Local(workers=0 if own else workers), progress=progress)
     return results.load(summary.results)
 
 
@@ -147,6 +146,21 @@ def load(path: str | Path = "outputs") -> pd.DataFrame:
     from rmsweep import results
 
     return results.load(Path(path))
+
+
+def _imported(bank: Bank, root: Path) -> Path:
+    """Write the bank to root/imported/DIGEST: the same bank gives the same path, so the sweep continues."""
+    parent = root.resolve() / "imported"
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=parent))
+    try:
+        bank.write(temporary)
+        path = parent / digest({file.name: file_sha256(file) for file in temporary.iterdir()})
+        if not path.exists():
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return path
 
 
 def _register(name: str, loss: LossFunction) -> str:

@@ -107,9 +107,8 @@ class UnitTask(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """How a task ended. fatal: the sweep must stop; no_bank: the bank is absent or was corrupt; else ok.
-
-    `notes`: corrupt artefacts that were found.
+    """How a task ended: ok; no_bank: the bank is absent or was corrupt; fatal: the store cannot be written;
+    bad_plugin. `notes`: corrupt artefacts that were found.
     """
 
     end: str
@@ -159,6 +158,8 @@ def build_bank(task: BankTask, channel: Channel) -> Reply:
         log.line(f"bank {task.bank_id} ready after {time.perf_counter() - start:.2f} s")
     except StoreError as error:
         return Reply("fatal", str(error), _notes(store))
+    except _BadPlugin as error:
+        return Reply("bad_plugin", str(error), _notes(store))
     except Exception:
         log.line(traceback.format_exc())
         raise
@@ -185,6 +186,8 @@ def run_unit(task: UnitTask, channel: Channel) -> Reply:
                 channel.send(("cell", cell.fingerprint, finished.record["status"], finished.cost["traceback"]))
     except StoreError as error:
         return Reply("fatal", str(error), _notes(store))
+    except _BadPlugin as error:
+        return Reply("bad_plugin", str(error), _notes(store))
     return Reply("ok", notes=_notes(store))
 
 
@@ -362,7 +365,7 @@ def one_thread() -> Iterator[None]:
 
 @functools.cache
 def _store(root: Path) -> Store:
-    """This process's store: a bank is verified once per process."""
+    """The store of this process: a bank is verified once per process."""
     return Store(root, heal=True)
 
 
@@ -379,11 +382,19 @@ def _load(path: str) -> Any:
     return load(path)
 
 
+class _BadPlugin(Exception):
+    """A plug-in that cannot be used: no cell can be run."""
+
+
 def _load_plugins(job: Job) -> None:
     """Import the plug-ins; refuse one that is no longer the file that the fingerprints were made from."""
     for path, sha in job.plugins.items():
-        if plugins.load(path) != sha:
-            raise ConfigError(f"--plugin {path} has changed since this run began; start the run again")
+        try:
+            same = plugins.load(path) == sha
+        except ConfigError as error:
+            raise _BadPlugin(str(error)) from error
+        if not same:
+            raise _BadPlugin(f"--plugin {path} has changed since this run began; start the run again")
 
 
 _LAST: dict[tuple[Path, str, str], _Opened] = {}
