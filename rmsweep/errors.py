@@ -1,4 +1,4 @@
-"""Every error a user can meet, each with the exit code of the command line (design: 1 bad input, 3 store)."""
+"""Every error a user can meet, each with the exit code of the command line (1 bad input, 3 store)."""
 
 from __future__ import annotations
 

@@ -40,14 +40,9 @@ def digest(value: Any) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """Full sha256 of a file's bytes."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha(handle)
-
-
-def _sha(handle: Any) -> str:
-    """sha256 in 1 MiB blocks (Python 3.10 has no hashlib.file_digest)."""
+    """Full sha256 of a file's bytes, read in blocks."""
     state = hashlib.sha256()
-    while block := handle.read(1 << 20):
-        state.update(block)
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            state.update(block)
     return state.hexdigest()

@@ -1,4 +1,4 @@
-"""Candidate selections against a slow plain re-statement of papers.md A1."""
+"""Candidate selections against a slow plain re-statement of the released rules."""
 
 import numpy as np
 import pytest

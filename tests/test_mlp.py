@@ -93,7 +93,7 @@ def test_clean_restores_the_best_epoch(bank, monkeypatch):
 
 
 def test_released_keeps_the_last_epoch(bank, monkeypatch):
-    """The quirk of papers.md A5: no best weights."""
+    """A quirk of the released scripts: no best weights."""
     Scripted(monkeypatch, [0.9, 0.5, 0.6, 0.7, 0.8, 0.1])
     model = fit(bank, protocol="released")
     assert model.history["epochs"] == 5 and float(model.network[-1].bias.detach()) == 5.0

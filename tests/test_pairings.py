@@ -78,7 +78,7 @@ def test_ragged_candidates_are_never_padding():
 
 
 def test_cross_prompt_equals_the_plain_rule():
-    """papers.md A1: every prompt in use once on side a, side b a prompt in use, each side one of its candidates."""
+    """Released step 5: every prompt in use once on side a, side b a prompt in use, each side one of its candidates."""
     order = np.random.default_rng(1).permutation(500)
     pairs = CROSS.compare(candidates(500, 2), order, 300, 1, streams(2))
     np.testing.assert_array_equal(pairs.prompt_a, order[:300])

@@ -124,7 +124,7 @@ def test_the_papers_grid():
      ("paper/quantity", 720), ("paper/cross_prompt", 360), ("paper/candidates", 720)],
 )  # fmt: skip
 def test_shipped_sweeps(option, n):
-    """Catches a preset that loses an axis (papers.md A7 counts the cells of each figure)."""
+    """Catches a preset that loses an axis of a figure."""
     assert len(make(describe(PRESETS.node("sweep", option)), PRESETS).cells) == n
 
 

@@ -59,7 +59,7 @@ def test_sft_models_are_better_and_less_diverse(tmp_path):
 
 
 def test_paper_betas_give_the_papers_error_rates(tmp_path):
-    """Error rates of the six betas, mean over base LLMs, lie within 0.03-0.42 and fall (papers.md A2)."""
+    """Error rates of the six betas, mean over base LLMs, lie within 0.03-0.42 and fall (paper A, section 5)."""
     for dataset in ("sim_helpful", "sim_harmless"):
         banks = []
         for llm in LLMS:

@@ -1,4 +1,4 @@
-"""What the released scripts do, each quirk a named switch (papers.md A5 and A9)."""
+"""What the released scripts do, each quirk a named switch."""
 
 from __future__ import annotations
 
