@@ -19,19 +19,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rmsweep import atomic, results, runner, units
 from rmsweep.cell import PlannedCell
 from rmsweep.engines.local import Event, Local, Task
 from rmsweep.errors import ConfigError, DataError, StoreError
 from rmsweep.fingerprint import file_sha256
+from rmsweep.plan import Plan, sweep_folder
 from rmsweep.runner import BankTask, CellTask, Job, Reply, UnitTask
 from rmsweep.store import Store
 from rmsweep.units import Unit
-
-if TYPE_CHECKING:
-    from rmsweep.plan import Plan
 
 MAX_DEATHS = 2  # of workers, with one and the same cell in flight
 MAX_IDLE_DEATHS = 5  # of workers, with the same unit or bank but no cell in flight
@@ -73,7 +71,7 @@ def run(
     sweep the union. Raises StoreError when the store cannot be written: before any work where that can be seen.
     """
     root = Path(root).resolve()
-    folder = results.sweep_folder(root, plan.name)
+    folder = sweep_folder(root, plan.name)
     store = Store(root, heal=True)
     store.prepare()
     cells = [cell for cell in plan.cells if cell.reason is None]
@@ -94,7 +92,7 @@ def run(
 
 def _finish(root: Path, plan: Plan, store: Store, schedule: Schedule, stopped: int | None) -> Summary:
     """Assemble and write the tables of the whole sweep: this plan and what stood under its name."""
-    folder = results.sweep_folder(root, plan.name)
+    folder = sweep_folder(root, plan.name)
     tables = results.assemble(type(plan).read(folder).cells, store)
     path = results.write(folder, tables)
     notes = [*schedule.notes, *store.corrupt]

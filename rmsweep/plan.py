@@ -146,6 +146,11 @@ def sweep_name(sweep: Sweep, plugins: Sequence[str] = ()) -> str:
     return sweep.name or derived_name(sweep, [file_sha256(Path(p)) for p in plugins])
 
 
+def sweep_folder(root: Path, name: str) -> Path:
+    """Folder of a sweep's plan, logs and tables."""
+    return root / "sweeps" / name
+
+
 def pinned_compute(folder: Path) -> Compute | None:
     """Device and precision that the plan in `folder` is pinned to; None where there is no plan."""
     return Compute(**read_header(folder)["compute"]) if (folder / "plan.json").exists() else None

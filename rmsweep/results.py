@@ -19,6 +19,7 @@ from rmsweep import atomic
 from rmsweep.cell import PlannedCell
 from rmsweep.errors import ConfigError, StoreError
 from rmsweep.fingerprint import canonical_json
+from rmsweep.plan import sweep_folder
 from rmsweep.schemas import AXES, COSTS, METRICS, SCHEMA_VERSION, STATUS, Column
 from rmsweep.store import Store, parquet
 
@@ -133,11 +134,6 @@ def _sortable(value: Any) -> tuple[int, float, str]:
 
 
 # -- reading them ------------------------------------------------------------------------------------------
-
-
-def sweep_folder(root: Path, name: str) -> Path:
-    """Folder of a sweep's plan, logs and tables."""
-    return root / "sweeps" / name
 
 
 def mark_last(root: Path, name: str) -> None:

@@ -14,8 +14,7 @@ from rmsweep import atomic
 from rmsweep.cell import PlannedCell
 from rmsweep.execute import STATUS_FILE
 from rmsweep.fingerprint import canonical_json
-from rmsweep.plan import Plan
-from rmsweep.results import sweep_folder
+from rmsweep.plan import Plan, sweep_folder
 from rmsweep.store import State, Store
 
 STATES = ("done", "failed", "diverged", "skipped", "pending")

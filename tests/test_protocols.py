@@ -1,4 +1,4 @@
-"""Protocols: the clean split leaks nothing; the released protocol equals a literal re-statement of the published training."""
+"""Protocols: the clean split leaks nothing; `released` equals a literal re-statement of the published training."""
 
 import numpy as np
 import pytest
@@ -87,7 +87,7 @@ def test_released_schedule_is_the_published_one():
 
 
 def literal_released(bank, preferences, chance, pointwise, batch, epochs, patience):
-    """The published training line by line: lists and copies, nothing shared with the code under test but the random draws."""
+    """The published training line by line: lists and copies, nothing shared but the random draws."""
     x = torch.tensor(np.asarray(bank.train.embedding), dtype=torch.float32)
     c = preferences.comparisons
     winners, losers = [], []

@@ -40,7 +40,7 @@ def test_readme_tree_is_the_disk():
 
 def test_readme_names_only_what_exists():
     """Every `rmsweep VERB` and every group=option of the README is real."""
-    from rmsweep.cli import VERBS
+    from rmsweep.cli.verbs import VERBS
     from rmsweep.presets import Presets
 
     text, presets = (ROOT / "README.md").read_text(), Presets()

@@ -81,7 +81,6 @@ def _planned(args: argparse.Namespace, need_data: bool) -> tuple[Any, Any]:
     from rmsweep import plugins
     from rmsweep.cli import compose
     from rmsweep.cli.device import resolve_compute
-    from rmsweep.results import sweep_folder
 
     for file in args.plugin:
         plugins.load(file)
@@ -90,7 +89,7 @@ def _planned(args: argparse.Namespace, need_data: bool) -> tuple[Any, Any]:
         print(compose.first_cell_yaml(request), end="")
         return None, None
     name = planning.sweep_name(request.sweep, args.plugin)
-    folder = sweep_folder(request.root, name)
+    folder = planning.sweep_folder(request.root, name)
     pinned = planning.pinned_compute(folder)
     plan = planning.make(
         request.sweep,
@@ -182,12 +181,13 @@ def _status(args: argparse.Namespace) -> int:
 
 def _results(args: argparse.Namespace) -> int:
     from rmsweep import results
+    from rmsweep.plan import sweep_folder
 
     if args.schema:
         print(results.schema_text())
         return 0
     root, name, _ = _named(args.words)
-    folder = results.sweep_folder(root, name)
+    folder = sweep_folder(root, name)
     frame = results.query(folder, args.sql) if args.sql else results.load(folder)
     if args.csv:
         frame.to_csv(sys.stdout, index=False)
@@ -198,8 +198,7 @@ def _results(args: argparse.Namespace) -> int:
 
 def _retry(args: argparse.Namespace) -> int:
     from rmsweep import execute, plugins
-    from rmsweep.plan import Plan, read_header
-    from rmsweep.results import sweep_folder
+    from rmsweep.plan import Plan, read_header, sweep_folder
 
     root, name, words = _named(args.words)
     folder = sweep_folder(root, name)
