@@ -5,13 +5,11 @@ import sys
 import types
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import PRESETS
 
 import rmsweep
-from rmsweep import plugins
+from rmsweep import plugins, results
 from rmsweep.cli import device, main, render
 from rmsweep.cli.complete import candidates, script
 from rmsweep.component import build, identity
@@ -19,6 +17,7 @@ from rmsweep.errors import ConfigError, StoreError
 from rmsweep.grid import describe
 from rmsweep.plan import make
 from rmsweep.reward_models import Compute
+from rmsweep.store import Store
 
 
 def run_python(code, *args):
@@ -242,26 +241,23 @@ def test_run_refuses_what_the_disk_cannot_hold(tmp_path, monkeypatch, capsys):
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
-def stored_sweep(root, monkeypatch):
-    """A planned sweep under `root`: cells done, failed, failed and new; fakes of store and results."""
+def stored_sweep(root):
+    """A planned sweep under `root` whose cells are done, failed, failed and new."""
     plan = make(describe({"name": "x", "set": {"size": "tiny"}, "axes": {"beta": [1, 3], "seed": [0, 1]}}), PRESETS)
-    folder = root / "sweeps" / "x"
-    plan.write(folder)
-    (root / "store").mkdir()
-    status = ["done", "failed", "failed", None]
-    pq.write_table(pa.table({"cell_id": [c.cell_id for c in plan.cells], "status": status}), folder / "results.parquet")
-    store, results = types.ModuleType("rmsweep.store"), types.ModuleType("rmsweep.results")
-    store.Store = lambda root: types.SimpleNamespace(done=lambda wanted: set(wanted[:3]))
-    results.last_sweep = lambda root: "x"
-    for module in (store, results):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(rmsweep, module.__name__.rpartition(".")[2], module, raising=False)
+    plan.write(root / "sweeps" / "x")
+    results.mark_last(root, "x")
+    store = Store(root)
+    store.prepare()
+    states = zip(plan.cells, ["done", "failed", "failed"], strict=False)
+    store.publish_part(
+        "a" * 16, [{"fingerprint": c.fingerprint, "cell_id": c.cell_id, "status": s} for c, s in states], []
+    )
     return plan
 
 
-def test_plan_tells_states_apart(tmp_path, monkeypatch, capsys):
+def test_plan_tells_states_apart(tmp_path, capsys):
     """Catches failed cells counted as done or as new."""
-    stored_sweep(tmp_path, monkeypatch)
+    stored_sweep(tmp_path)
     assert main(["plan", "size=tiny", "beta=1,3", "seed=0,1", "sweep.name=x", f"root={tmp_path}"]) == 0
     assert "4 cells  (1 new, 1 done, 2 failed)" in capsys.readouterr().out
 
@@ -269,7 +265,7 @@ def test_plan_tells_states_apart(tmp_path, monkeypatch, capsys):
 def test_retry_takes_failed_cells_only(tmp_path, monkeypatch, capsys):
     """Catches a retry of cells that are done or were never run, and a filter that is ignored."""
     calls = fake_execution(monkeypatch)
-    plan = stored_sweep(tmp_path, monkeypatch)
+    plan = stored_sweep(tmp_path)
     assert main(["retry", f"root={tmp_path}"]) == 0
     assert calls[-1][3] == {plan.cells[1].fingerprint, plan.cells[2].fingerprint}
     assert main(["retry", "x", "beta=3", "engine.workers=1", f"root={tmp_path}"]) == 0

@@ -1,4 +1,4 @@
-"""dataset=released: both published layouts give the same bank, and nothing doubtful is guessed."""
+"""Released embeddings: both published layouts give the same bank, and nothing doubtful is guessed."""
 
 import itertools
 import pickle
