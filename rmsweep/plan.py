@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rmsweep import atomic
 from rmsweep.cell import (
     GROUPS,
     CellSpec,
@@ -73,8 +72,9 @@ class Plan:
         }
         sink = pa.BufferOutputStream()
         pq.write_table(_table(merged.cells), sink, compression="zstd", compression_level=9, write_page_checksum=True)
-        publish(folder / "plan.parquet", sink.getvalue().to_pybytes())
-        publish(folder / "plan.json", (json.dumps(header, indent=1, sort_keys=True) + "\n").encode())
+        atomic.probe(folder)
+        atomic.replace(folder / "plan.parquet", sink.getvalue().to_pybytes())
+        atomic.replace(folder / "plan.json", (json.dumps(header, indent=1, sort_keys=True) + "\n").encode())
 
     @staticmethod
     def read(folder: Path) -> Plan:
@@ -414,23 +414,3 @@ def _ordered(labels: dict[str, Any]) -> dict[str, Any]:
     """Labels in the order of `_labels`, numbers as numbers ("inf" is how JSON spells infinity)."""
     axes = {c.name: _typed(labels[c.name], True) if c.type == F else labels[c.name] for c in AXES}
     return {**axes, **{k: labels[k] for k in sorted(labels) if k not in axes}}
-
-
-def publish(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the new one, even after a power cut."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(f"{path}: cannot be written ({error.strerror or error})") from error

@@ -231,6 +231,10 @@ def unfinished(unit_id: str, cell: CellTask, status: str, reason: str, trace: st
     return Finished(_record(cell, status, " ".join(reason.split())), cost, {})
 
 
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float | np.floating) and bool(np.isnan(value))
+
+
 def _record(cell: CellTask, status: str, reason: str | None) -> dict[str, Any]:
     return {"fingerprint": cell.fingerprint, "cell_id": cell.cell_id, "status": status, "reason": reason}
 

@@ -1,4 +1,4 @@
-"""The commit protocol: whole or not at all, never replaced, durable before it is visible."""
+"""The file protocol: whole or not at all, never replaced by accident, and the disk's refusals named."""
 
 import errno
 import os
@@ -9,80 +9,131 @@ from rmsweep import atomic
 from rmsweep.errors import StoreError
 
 
-def test_publish_is_whole_and_leaves_no_temp(tmp_path):
-    """Catches a torn or stray file."""
-    atomic.publish(tmp_path / "a", b"x" * 100_000)
-    assert (tmp_path / "a").read_bytes() == b"x" * 100_000
-    assert os.listdir(tmp_path) == ["a"]
+def entries(folder):
+    return sorted(p.name for p in folder.iterdir())
 
 
-def test_publish_never_replaces(tmp_path):
-    """Equal content is success (another worker was first); other content is nondeterminism and says so."""
+def test_publish_writes_once(tmp_path):
+    """Catches a second publication that fails, or leaves a temporary file or link behind."""
+    path = tmp_path / "a"
+    assert atomic.publish(path, b"one") is True and atomic.publish(path, b"one") is False
+    assert path.read_bytes() == b"one" and entries(tmp_path) == ["a"] and path.stat().st_nlink == 1
+
+
+def test_publish_never_replaces_other_bytes(tmp_path):
+    """Catches an overwriting rename: equal keys with different bytes are nondeterminism."""
     atomic.publish(tmp_path / "a", b"one")
-    atomic.publish(tmp_path / "a", b"one")
+    with pytest.raises(StoreError, match=r"a: exists with other bytes.*nondeterminism"):
+        atomic.publish(tmp_path / "a", b"two")
+    assert (tmp_path / "a").read_bytes() == b"one" and entries(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("code", sorted(atomic.NO_LINK))
+def test_publish_without_hard_links(tmp_path, monkeypatch, code):
+    """File systems without link(2): rename, still without replacing."""
+
+    def refuse(*_, **__):
+        raise OSError(code, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert atomic.publish(tmp_path / "a", b"one") and not atomic.publish(tmp_path / "a", b"one")
     with pytest.raises(StoreError, match="nondeterminism"):
         atomic.publish(tmp_path / "a", b"two")
-    assert (tmp_path / "a").read_bytes() == b"one" and os.listdir(tmp_path) == ["a"]
+    assert entries(tmp_path) == ["a"]
 
 
-def test_replace_swaps_whole_files(tmp_path):
-    """Tables may be replaced; readers see the old or the new one."""
-    atomic.replace(tmp_path / "t", b"old")
-    atomic.replace(tmp_path / "t", b"new")
-    assert (tmp_path / "t").read_bytes() == b"new" and os.listdir(tmp_path) == ["t"]
+def test_link_that_succeeded_but_says_it_exists(tmp_path, monkeypatch):
+    """NFS repeats a lost reply: EEXIST for our own link is success."""
+    link = os.link
+
+    def twice(*args, **options):
+        link(*args, **options)
+        raise FileExistsError(errno.EEXIST, "exists")
+
+    monkeypatch.setattr(os, "link", twice)
+    assert atomic.publish(tmp_path / "a", b"one") is True
 
 
-def test_order_of_the_protocol(tmp_path, monkeypatch):
-    """fsync of the file before it gets its name, fsync of the directory after: kills cannot show a missing one."""
-    calls = []
-    for name in ("fsync", "link"):
-        real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *a, name=name, real=real, **k: (calls.append(name), real(*a, **k))[1])
+def test_order_is_fsync_publish_fsync_folder(tmp_path, monkeypatch):
+    """Kill tests cannot see a missing fsync, so its place is asserted."""
+    seen, fsync, link = [], os.fsync, os.link
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (seen.append("dir" if os.path.isdir(f"/proc/self/fd/{fd}") else "file"), fsync(fd))
+    )
+    monkeypatch.setattr(os, "link", lambda *a, **k: (seen.append("link"), link(*a, **k)))
     atomic.publish(tmp_path / "a", b"x")
-    assert calls == ["fsync", "link", "fsync"]
+    assert seen == ["file", "link", "dir"]
 
 
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "link"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
-def test_failing_calls_name_the_path_and_leave_nothing(tmp_path, monkeypatch, call, number):
-    """Disk full, quota, I/O error at any call: one message, no half file, no temp file, nothing published."""
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG])
+def test_refusals_of_the_disk(tmp_path, monkeypatch, call, code):
+    """Catches a raw OSError, a temporary file left on a full disk, a half-written file under the final name."""
 
-    def failing(*args, **kwargs):
-        raise OSError(number, os.strerror(number))
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, failing)
-        with pytest.raises(StoreError, match=r"/a: cannot be written"):
-            atomic.publish(tmp_path / "a", b"x")
-    assert os.listdir(tmp_path) == []
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(StoreError, match=f"a: cannot be written .{os.strerror(code)}") as info,
+    ):
+        patch.setattr(os, call, refuse)
+        atomic.publish(tmp_path / "a", b"one")
+    assert info.value.exit_code == 3 and entries(tmp_path) == []
 
 
-def test_without_hard_links_publishing_still_works(tmp_path, monkeypatch):
-    """Some file systems have no link(2)."""
+def test_short_writes_are_continued(tmp_path, monkeypatch):
+    """Catches os.write taken to write everything."""
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
+    atomic.publish(tmp_path / "a", b"0123456789")
+    assert (tmp_path / "a").read_bytes() == b"0123456789"
 
-    def unsupported(*args, **kwargs):
-        raise OSError(errno.EPERM, "no links here")
 
-    monkeypatch.setattr(os, "link", unsupported)
-    atomic.publish(tmp_path / "a", b"x")
-    atomic.publish(tmp_path / "a", b"x")
-    with pytest.raises(StoreError, match="nondeterminism"):
-        atomic.publish(tmp_path / "a", b"y")
-    assert os.listdir(tmp_path) == ["a"]
+def test_replace_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    """Catches truncation in place: a table survives a full disk."""
+    atomic.replace(tmp_path / "t", b"old")
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch, pytest.raises(StoreError):
+        patch.setattr(os, "fsync", refuse)
+        atomic.replace(tmp_path / "t", b"new")
+    assert (tmp_path / "t").read_bytes() == b"old" and entries(tmp_path) == ["t"]
+    atomic.replace(tmp_path / "t", b"new")
+    assert (tmp_path / "t").read_bytes() == b"new"
+
+
+def test_symbolic_links_are_not_followed(tmp_path):
+    """Catches a store that reads or writes through a planted link."""
+    (tmp_path / "secret").write_bytes(b"one")
+    (tmp_path / "a").symlink_to(tmp_path / "secret")
+    with pytest.raises(OSError):
+        atomic.read(tmp_path / "a")
+    with pytest.raises(StoreError):
+        atomic.publish(tmp_path / "a", b"one")
+    assert (tmp_path / "secret").read_bytes() == b"one"
 
 
 def test_folders_are_published_once(tmp_path):
-    """Two builders of one bank: the first wins, the second is no error."""
-    for text in ("first", "second"):
-        temp = tmp_path / f".{text}"
-        temp.mkdir()
-        (temp / "file").write_text(text)
-        atomic.publish_folder(temp, tmp_path / "bank")
-    assert (tmp_path / "bank" / "file").read_text() == "first"
+    """Losing the race is success and leaves nothing behind."""
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "f").write_text(name)
+    assert atomic.publish_folder(tmp_path / "x", tmp_path / "final") is True
+    assert atomic.publish_folder(tmp_path / "y", tmp_path / "final") is False
+    assert (tmp_path / "final" / "f").read_text() == "x" and entries(tmp_path) == ["final"]
 
 
-def test_a_file_where_a_folder_must_be_is_bad_news_before_any_work(tmp_path):
-    """A root that cannot be written (root user may write anywhere, so a file stands in the way)."""
-    (tmp_path / "store").write_text("not a folder")
-    with pytest.raises(StoreError, match="store"):
-        atomic.probe(tmp_path / "store" / "banks")
+def test_probe_names_the_folder(tmp_path):
+    """A root that is a file, before any work."""
+    (tmp_path / "root").write_text("not a folder")
+    with pytest.raises(StoreError, match="root"):
+        atomic.probe(tmp_path / "root" / "store")
+
+
+def test_numpy_short_write_is_disk_trouble():
+    """numpy reports a full disk without an errno."""
+    assert atomic.is_disk_trouble(OSError("1000 requested and 12 written"))
+    assert not atomic.is_disk_trouble(FileNotFoundError(errno.ENOENT, "no such file"))

@@ -1,93 +1,306 @@
-"""The store: corruption is found on read, set aside and made again; parts and banks are immutable."""
+"""The store: what is committed is served whole, what is damaged is not served at all."""
 
+import errno
+import io
 import os
+import random
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from running import fake_plan, planned, run
 
 from rmsweep.errors import StoreError
-from rmsweep.store import Store
+from rmsweep.fingerprint import digest
+from rmsweep.schemas import RECORD
+from rmsweep.store import Store, table_of
+
+UNIT, BANK, OTHER = digest("unit"), digest("bank"), digest("other")
 
 
-def damage(path, how):
-    data = bytearray(path.read_bytes())
-    if how == "flip":
-        data[len(data) // 2] ^= 1
-    elif how == "truncate":
-        data = data[: len(data) // 2]
-    elif how == "append":
-        data += b"x"
-    else:
-        data = bytearray(len(data))
-    path.write_bytes(bytes(data))
+def key(i):
+    return digest(["cell", i])
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "append", "zero"])
-def test_damaged_parts_are_quarantined_and_made_again(tmp_path, how):
-    """npy and Parquet do not notice a flipped bit: the digest in the name does."""
-    plan = fake_plan(6, llms=("sim_2b",))
-    before = run(plan, tmp_path)
-    table = before.results.read_bytes()
-    parts = sorted((tmp_path / "store" / "results").iterdir())
-    damage(parts[0], how)
-    after = run(plan, tmp_path)
-    assert 0 < after.n_computed <= 6 and after.results.read_bytes() == table
-    assert len(list((tmp_path / "store" / "quarantine").iterdir())) == 1
+def record(i, status="done", **values):
+    base = {"fingerprint": key(i), "cell_id": digest(i), "status": status}
+    return base | ({"golden_improvement": i / 7} if status == "done" else {}) | values
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "append", "zero"])
-@pytest.mark.parametrize("file", ["data.bin", "bank.json", "manifest.json"])
-def test_damaged_banks_are_quarantined_and_built_again(tmp_path, how, file):
-    """Every file of a bank is covered by its manifest."""
-    run(fake_plan(1, llms=("sim_2b",)), tmp_path)
-    (bank,) = (p for p in (tmp_path / "store" / "banks").iterdir())
-    original = (bank / file).read_bytes()
-    damage(bank / file, how)
-    run(fake_plan(2, llms=("sim_2b",)), tmp_path, workers=1)  # a bank is verified once per process
-    assert (bank / file).read_bytes() == original
-    assert len(list((tmp_path / "store" / "quarantine").iterdir())) == 1
+def cost(i, attempt=1):
+    return {"fingerprint": key(i), "cell_id": digest(i), "attempt": attempt}
 
 
-def test_swapped_parts_are_found(tmp_path):
-    """A file under another file's name is damage too."""
-    run(fake_plan(3), tmp_path)
-    a, b = sorted((tmp_path / "store" / "results").iterdir())[:2]
-    a.rename(tmp_path / "x"), b.rename(a), (tmp_path / "x").rename(b)
-    assert run(fake_plan(3), tmp_path).n_computed > 0
+def put(store, rows, unit=UNIT, attempt=1):
+    return store.publish_part(
+        unit, rows, [{**cost(0), "fingerprint": r["fingerprint"], "attempt": attempt} for r in rows]
+    )
 
 
-def test_ids_never_become_paths(tmp_path):
-    """A bank id is hex or nothing."""
-    for name in ("../../etc", "", "x" * 24, "/abs"):
-        with pytest.raises(StoreError, match="no key of the store"):
-            Store(tmp_path).has_bank(name)
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path, heal=True)
+    store.prepare()
+    return store
 
 
-def test_foreign_files_in_the_store_are_ignored(tmp_path):
-    """Temp files of killed writers and users' notes are no parts."""
+def build(folder):
+    np.save(folder / "golden.npy", np.arange(50.0))
+    (folder / "bank.json").write_text("{}")
+
+
+# -- parts -------------------------------------------------------------------------------------------------
+
+
+def test_records_come_back(store):
+    """Catches lost rows and types; a store without these cells says nothing of them."""
+    put(store, [record(0), record(1, "failed", reason="boom")])
+    assert store.done([key(0), key(1), key(2)]) == {key(0): "done", key(1): "failed"}
+    assert store.states([key(1)])[key(1)].reason == "boom"
+    assert store.records([key(0)])["golden_improvement"].to_pylist() == [0.0]
+
+
+def test_reading_creates_nothing(tmp_path):
+    """Catches `plan` making folders."""
+    assert Store(tmp_path / "none").done([key(0)]) == {} and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
+def test_of_several_records_the_best_counts(tmp_path, order):
+    """done, diverged, skipped, failed, whichever came first and in whichever part."""
     store = Store(tmp_path)
     store.prepare()
-    for name in (".u-abc.parquet.host-1-x.tmp", "notes.parquet", "README"):
-        (tmp_path / "store" / "results" / name).write_text("x")
-    assert store.done(["a"]) == {}
+    statuses = ["failed", "skipped", "diverged", "done"]
+    for i in order:
+        put(store, [record(5, statuses[i])], unit=digest(["u", i]))
+        best = max(order[: order.index(i) + 1])
+        assert store.done([key(5)]) == {key(5): statuses[best]}
 
 
-def test_of_two_records_done_counts(tmp_path):
-    """A retried cell's success replaces its failure, whatever their order on disk."""
-    store, cell = Store(tmp_path), planned(0)
-    store.prepare()
-    failed = {"fingerprint": cell.fingerprint, "cell_id": cell.cell_id, "status": "failed", "reason": "broke"}
-    done = {**failed, "status": "done", "reason": None, "golden_picked": np.ones(2, np.float32)}
-    for unit, row in (("a" * 16, failed), ("b" * 16, done), ("c" * 16, {**failed, "reason": "again"})):
-        store.publish_part(unit, [row], [])
-    assert store.done([cell.fingerprint]) == {cell.fingerprint: "done"}
+def test_two_results_of_one_cell_are_noted(store):
+    """Nondeterminism: a choice that depends on the records only, and a warning."""
+    values = []
+    for a, b in ((1.0, 2.0), (2.0, 1.0)):
+        for unit, value in ((UNIT, a), (OTHER, b)):
+            put(store, [record(0, golden_improvement=value)], unit=unit)
+        values.append(store.records([key(0)])["golden_improvement"].to_pylist())
+    assert values[0] == values[1] and store.conflicts == {key(0)}
 
 
-def test_read_only_files_do_not_matter(tmp_path):
-    """Published files may be made read-only by their owner."""
-    run(fake_plan(2), tmp_path)
-    for path in (tmp_path / "store").rglob("*"):
-        if path.is_file():
-            os.chmod(path, 0o444)
-    assert run(fake_plan(2), tmp_path).n_computed == 0
+def test_last_attempt_is_the_cost(store):
+    """Catches the first try's cost row."""
+    for attempt in (2, 1, 3):
+        put(store, [record(0, "failed")], unit=digest(attempt), attempt=attempt)
+    assert store.costs([key(0)])["attempt"].to_pylist() == [3]
+
+
+def test_a_stray_column_is_an_error():
+    """Arrow would drop it in silence."""
+    with pytest.raises(ValueError, match="no_such"):
+        table_of([record(0, no_such=1)], RECORD)
+
+
+@pytest.mark.parametrize("heal", [True, False])
+def test_damaged_parts_are_never_served(tmp_path, heal):
+    """250 random damages (flip, truncate, empty, append, zero): the cell counts as not done, every time."""
+    seed = 20
+    print("seed", seed)
+    rng = random.Random(seed)
+    writer = Store(tmp_path)
+    writer.prepare()
+    path = next(p for p in put(writer, [record(0), record(1)]) if p.parent.name == "results")
+    data = path.read_bytes()
+    for _ in range(250):
+        store = Store(tmp_path, heal=heal)
+        path.write_bytes(damaged(data, rng))
+        assert store.done([key(0), key(1)]) == {}
+        assert path.exists() is not heal and len(store.corrupt) == 1
+
+
+def damaged(data, rng):
+    kind, at = rng.randrange(5), rng.randrange(len(data))
+    if kind == 0:
+        return data[:at] + bytes([data[at] ^ (1 << rng.randrange(8))]) + data[at + 1 :]
+    if kind == 1:
+        return data[:at]
+    if kind == 2:
+        return b""
+    if kind == 3:
+        return data + b"x"
+    return data[:at] + bytes(len(data) - at) if any(data[at:]) else b"x"
+
+
+def test_a_damaged_part_is_published_again(store):
+    """A part under its own name with wrong bytes must not be taken for nondeterminism."""
+    files = put(store, [record(0)])
+    path = next(p for p in files if p.parent.name == "results")
+    good = path.read_bytes()
+    path.write_bytes(good[:-1])
+    assert put(store, [record(0)]) == files and path.read_bytes() == good and store.done([key(0)])
+
+
+def test_swapped_parts_are_not_served(store):
+    """Two sound files under each other's names."""
+    a, b = (next(p for p in put(store, [record(i)], unit=digest(i)) if p.parent.name == "results") for i in (0, 1))
+    x, y = a.read_bytes(), b.read_bytes()
+    a.write_bytes(y)
+    b.write_bytes(x)
+    assert store.done([key(0), key(1)]) == {}
+
+
+def test_a_part_merged_while_we_read(store, monkeypatch):
+    """Catches cells that vanish because their part was replaced between listing and reading."""
+    from rmsweep import atomic
+
+    old = put(store, [record(0)])
+    read, done = atomic.read, []
+
+    def merge_first(path):
+        if not done:
+            done.append(1)
+            put(store, [record(0), record(1)])
+            store.discard(old)
+        return read(path)
+
+    monkeypatch.setattr(atomic, "read", merge_first)
+    assert store.done([key(0), key(1)]) == {key(0): "done", key(1): "done"}
+
+
+def test_foreign_and_temporary_files_are_passed_over(store):
+    """Orphans of killed writers, editors' files, symbolic links."""
+    files = put(store, [record(0)])
+    folder = store.folder / "results"
+    (folder / ".host-1-abc.tmp").write_bytes(b"half")
+    (folder / "notes.txt").write_text("x")
+    target = next(p for p in files if p.parent == folder)
+    (folder / f"{OTHER}-{'0' * 24}.parquet").symlink_to(target)
+    assert store.done([key(0)]) == {key(0): "done"}
+
+
+def test_kept_arrays(store):
+    """Arrays of one cell only, bit for bit; damaged files are not served."""
+    arrays = {f"{key(0)}/scores": np.arange(6, dtype=np.float32).reshape(2, 3), f"{key(1)}/scores": np.ones(2)}
+    files = store.publish_part(UNIT, [record(0), record(1)], [cost(0), cost(1)], arrays)
+    np.testing.assert_array_equal(store.kept(key(0))["scores"], arrays[f"{key(0)}/scores"])
+    assert list(store.kept(key(0))) == ["scores"] and store.kept(key(2)) == {}
+    path = next(p for p in files if p.suffix == ".safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    assert store.kept(key(0)) == {}
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc", "a/b", "", ".", "A" * 24, "é" * 24, "0" * 300, "ab\0" * 8])
+def test_names_never_become_paths(store, name):
+    """Only hex keys reach the file system."""
+    with pytest.raises(StoreError, match="no key of the store"):
+        store.bank(name)
+    with pytest.raises(StoreError):
+        store.publish_part(name, [record(0)], [cost(0)])
+
+
+def test_records_are_the_commit(store, monkeypatch):
+    """A crash between the files leaves the cell not done: costs first, records last."""
+    publish, count = os.link, []
+
+    def second_fails(*args, **options):
+        count.append(1)
+        if len(count) == 2:
+            raise OSError(errno.ENOSPC, "full")
+        return publish(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match="results"):
+        patch.setattr(os, "link", second_fails)
+        put(store, [record(0)])
+    assert store.done([key(0)]) == {} and store.costs([key(0)]).num_rows == 1
+    put(store, [record(0)])
+    assert store.done([key(0)]) == {key(0): "done"}
+
+
+def test_parts_have_page_checksums(store):
+    """For readers that do not know our names: every flip in the pages' data is an error."""
+    path = next(p for p in put(store, [record(i) for i in range(40)]) if p.parent.name == "results")
+    data = path.read_bytes()
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(RECORD.names.index("golden_improvement"))
+    end = chunk.dictionary_page_offset + chunk.total_compressed_size
+    broken = data[: end - 2] + bytes([data[end - 2] ^ 1]) + data[end - 1 :]
+    with pytest.raises(OSError):
+        pq.ParquetFile(io.BytesIO(broken), page_checksum_verification=True).read()
+
+
+# -- banks -------------------------------------------------------------------------------------------------
+
+
+def test_a_bank_is_built_once(store):
+    """Catches a second build, and temporary folders left behind."""
+    calls = []
+
+    def counted(folder):
+        calls.append(1)
+        build(folder)
+
+    assert store.bank(BANK) is None and not store.has_bank(BANK)
+    folder = store.build_bank(BANK, counted)
+    assert store.build_bank(BANK, counted) == folder and len(calls) == 1 and store.has_bank(BANK)
+    assert os.listdir(store.folder / "banks") == [BANK]
+
+
+@pytest.mark.parametrize("file", ["golden.npy", "bank.json", "manifest.json"])
+@pytest.mark.parametrize("kind", ["flip", "truncate", "remove", "empty"])
+def test_damaged_banks_are_never_served(store, tmp_path, file, kind):
+    """numpy loads a flipped bit without a word: the manifest must catch it; then the bank is built again."""
+    path = store.build_bank(BANK, build) / file
+    data = path.read_bytes()
+    at = len(data) // 2
+    damage = {"flip": data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :], "truncate": data[:at], "empty": b""}
+    path.unlink() if kind == "remove" else path.write_bytes(damage[kind])
+    fresh = Store(tmp_path, heal=True)
+    assert fresh.bank(BANK) is None and len(fresh.corrupt) == 1
+    assert len(os.listdir(fresh.folder / "quarantine")) == 1
+    assert Store(tmp_path).bank(fresh.build_bank(BANK, build).name) is not None
+
+
+def test_foreign_files_and_swapped_banks(store, tmp_path):
+    """Two sound banks under each other's names; a file that nobody committed."""
+    for name in (BANK, OTHER):
+        store.build_bank(name, build)
+    banks = store.folder / "banks"
+    (banks / BANK).rename(banks / "t")
+    (banks / OTHER).rename(banks / BANK)
+    (banks / "t").rename(banks / OTHER)
+    assert Store(tmp_path).bank(BANK) is None
+    (banks / OTHER).rename(banks / "t")
+    (banks / BANK).rename(banks / OTHER)
+    assert Store(tmp_path).bank(OTHER) is not None
+    (banks / OTHER / "extra.npy").write_bytes(b"x")
+    assert Store(tmp_path).bank(OTHER) is None
+
+
+def test_a_failing_build_leaves_nothing(store):
+    """The error is the dataset's own, unless it is the disk."""
+    for error, expected in ((ValueError("bad"), ValueError), (OSError(errno.ENOSPC, "full"), StoreError)):
+
+        def broken(folder, error=error):
+            build(folder)
+            raise error
+
+        with pytest.raises(expected):
+            store.build_bank(BANK, broken)
+        assert os.listdir(store.folder / "banks") == []
+
+
+def test_a_bank_is_flat(store):
+    """Sub-folders and links would escape the manifest."""
+    with pytest.raises(StoreError, match="flat"):
+        store.build_bank(BANK, lambda folder: (folder / "sub").mkdir())
+    with pytest.raises(StoreError, match="flat"):
+        store.build_bank(BANK, lambda folder: (folder / "a.npy").symlink_to("/etc/hostname"))
+
+
+def test_a_read_only_root_is_refused_first(tmp_path, monkeypatch):
+    """Exit code 3 and the path, before any work (root ignores modes, so the refusal is injected)."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StoreError, match=r"store/banks.*Read-only") as info:
+        Store(tmp_path).prepare()
+    assert info.value.exit_code == 3

@@ -1,0 +1,104 @@
+"""A cheap stand-in for the real pipeline, named by import path from tests only; it never loads torch.
+
+Its numbers are a pure function of the cell's config. Environment variables (workers inherit them) say how a run goes:
+FAKE_LEDGER: a folder that gets one file per computed cell and per built bank. FAKE_SECONDS: how long a cell takes.
+FAKE_FAULTS: JSON, seed -> raise | diverge | skip | die | die_once | stray_column | slow; "bank" -> raise | die.
+"""
+
+import json
+import os
+import signal
+import time
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rmsweep import execute
+from rmsweep.engines.local import Local
+from rmsweep.errors import DesignError, Diverged
+from rmsweep.grid import describe
+from rmsweep.plan import make
+from rmsweep.presets import Presets
+from rmsweep.schemas import METRICS
+
+
+class FakeOutcome(NamedTuple):
+    metrics: dict
+    golden_picked: np.ndarray
+    seconds: dict
+    kept: dict
+
+
+class Fake:
+    """A rmsweep.runner.Work."""
+
+    def build(self, config, folder):
+        note("bank")
+        fault = faults().get("bank")
+        if fault == "raise":
+            raise RuntimeError("no such world")
+        if fault == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        for name in ("golden.npy", "embedding.npy"):
+            np.save(folder / name, np.arange(1000, dtype=np.float32))
+
+    def open(self, folder):
+        return np.load(folder / "golden.npy")
+
+    def run(self, config, bank, compute, cache, keep):
+        seed, beta = int(config["seed"]), float(config["beta"])
+        apply(faults().get(str(seed)), seed)
+        rng = np.random.default_rng([seed, int(beta * 1000)])
+        metrics = {c.name: None for c in METRICS} | {
+            "golden_improvement": float(rng.random()), "n_train": seed, "bon_n": [1, 2], "bon_golden": [0.0, 1 / 3],
+            "beta": beta, "n_annotations": 100,
+        }  # fmt: skip
+        if faults().get(str(seed)) == "stray_column":
+            metrics["no_such_column"] = 1.0
+        note(f"cell-{seed}-{beta}")
+        kept = {"scores": rng.random((2, 3)).astype(np.float32)} if keep == "scores" else {}
+        return FakeOutcome(
+            metrics, rng.random(4).astype(np.float32), {"annotate": 0.0, "train": 0.0, "evaluate": 0.0}, kept
+        )
+
+
+WORK = Fake()
+
+
+def faults():
+    return json.loads(os.environ.get("FAKE_FAULTS", "{}"))
+
+
+def apply(fault, seed):
+    """Let the cell go wrong."""
+    marker = Path(os.environ.get("FAKE_LEDGER", "/nonexistent")) / f"died-{seed}"
+    if fault == "die" or (fault == "die_once" and not marker.exists()):
+        if fault == "die_once":
+            marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(30 if fault == "slow" else float(os.environ.get("FAKE_SECONDS", "0")))
+    if fault == "raise":
+        raise ValueError(f"seed {seed} does not work")
+    if fault == "diverge":
+        raise Diverged("loss is NaN")
+    if fault == "skip":
+        raise DesignError("not enough pairs")
+
+
+def note(what):
+    if folder := os.environ.get("FAKE_LEDGER"):
+        (Path(folder) / f"{what}-{uuid.uuid4().hex}").touch()
+
+
+def fake_plan(n_seeds=6, betas=(1.0,), name="s", worlds=(0,), keep="none", exclude=()):
+    """A real plan whose cells the fake runs; `worlds`: dataset seeds, one bank each."""
+    axes = {"dataset.seed": list(worlds), "beta": list(betas), "seed": list(range(n_seeds))}
+    node = {"name": name, "set": {"size": "tiny", "reward_model": "bt_linear"}, "axes": axes, "exclude": list(exclude)}
+    return make(describe(node), Presets(), keep=keep)
+
+
+def fake_run(plan, root, workers=0, **options):
+    """execute.run with the fake in place of the pipeline."""
+    return execute.run(plan, Path(root), Local(workers=workers), progress=False, work="fake_pipeline:WORK", **options)
