@@ -388,7 +388,7 @@ class Progress:
             self._save()
         text = ", ".join(f"{n} {status}" for status, n in self.counts.items() if n)
         if self._n_banks:
-            text = ", ".join(filter(None, [text, f"{self._n_banks} banks to build"]))
+            text = ", ".join(filter(None, [text, f"{self._n_banks} bank{'s' * (self._n_banks > 1)} to build"]))
         if self._bar is not None:
             self._bar.set_postfix_str(text)
         elif self._show and (force or (now - self._last_line > 10 and self._n - self._last_n >= self._total / 20)):

@@ -9,6 +9,7 @@ from conftest import PRESETS
 from rmsweep.cli import compose
 from rmsweep.errors import ConfigError
 from rmsweep.grid import Grid
+from rmsweep.presets import Presets
 
 
 def read(*words):
@@ -166,6 +167,7 @@ def test_bad_combinations():
 
 def test_hydras_own_messages_lose_their_bad_advice():
     """Catches "use +bata=1", which our schema refuses anyway."""
+    compose._store(Presets(), {})
     with pytest.raises(ConfigError) as caught:
         compose._compose(["bata=1"])
     assert "use +" not in str(caught.value) and "Did you mean 'beta'" in str(caught.value)

@@ -99,6 +99,20 @@ def test_released_keeps_the_last_epoch(bank, monkeypatch):
     assert model.history["epochs"] == 5 and float(model.network[-1].bias.detach()) == 5.0
 
 
+def test_bf16_products_change_rewards_by_rounding_only(bank):
+    """precision=bf16: the same rows, steps and stopping; rewards differ by bf16 rounding and repeat bit for bit."""
+    spec = make_spec(n_annotations=200, **{"reward_model.hidden": [16]})
+    preferences = annotate(spec, bank, streams(0), {})
+    scores = []
+    for precision in ("fp32", "bf16", "bf16"):
+        compute = Compute("cpu", precision)
+        data = TrainingData(bank.train, preferences, spec.protocol, streams(0), compute, {})
+        scores.append(spec.reward_model.fit(data).score(bank.test))
+    np.testing.assert_array_equal(scores[1], scores[2])
+    assert not np.array_equal(scores[0], scores[1])
+    assert np.corrcoef(scores[0].ravel(), scores[1].ravel())[0, 1] > 0.99
+
+
 def test_divergence_is_raised_not_scored(bank):
     """NaN is a result of its own, never a number."""
     with pytest.raises(Diverged, match="epoch"), np.errstate(all="ignore"):

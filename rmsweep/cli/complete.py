@@ -47,7 +47,7 @@ FLAGS = {
 }
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
-    "precision": ("fp32",),
+    "precision": ("auto", "fp32", "bf16"),
     "keep": ("none", "scores", "models"),
     "error_rate.reference": ("random_same_prompt", "this_design"),
 }

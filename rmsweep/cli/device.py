@@ -10,11 +10,11 @@ from rmsweep.errors import ConfigError
 from rmsweep.reward_models import Compute
 
 DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = ("auto", "fp32")
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def resolve_compute(device: str, precision: str, pinned: Compute | None = None) -> Compute:
-    """Device and precision of a sweep; `auto` is what its existing plan has `pinned`, else a GPU if any."""
+    """Device and precision of a sweep; `auto` is what its existing plan has `pinned`, else a GPU if any, and fp32."""
     if device not in DEVICES:
         raise ConfigError(f"device={device}: allowed are {', '.join(DEVICES)}")
     if precision not in PRECISIONS:
@@ -23,7 +23,9 @@ def resolve_compute(device: str, precision: str, pinned: Compute | None = None) 
         device = pinned.device if pinned else ("cuda" if has_cuda() else "cpu")
     if device == "cuda" and not has_cuda():
         raise ConfigError("device=cuda but this machine shows no NVIDIA GPU (nvidia-smi -L); allowed here: cpu")
-    return Compute(device, "fp32")
+    if precision == "auto":
+        precision = pinned.precision if pinned else "fp32"
+    return Compute(device, precision)
 
 
 def has_cuda() -> bool:
