@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,10 @@ class Split:
     response: Sequence[Sequence[str]] | None = None
     category: Sequence[str] | None = None
     ceiling: Floats | None = None
+
+    def __repr__(self) -> str:
+        texts = ", with texts" if self.response is not None else ""
+        return f"Split({self.n_prompts} prompts x {self.n_responses} responses, D={self.dim}{texts})"
 
     @functools.cached_property
     def count(self) -> Ints:
@@ -123,20 +128,21 @@ class Bank:
     ) -> Bank:
         """A bank from arrays in memory: golden [P, N] and [Q, M], embedding [P, N, D] and [Q, M, D].
 
-        A NaN golden reward at the end of a row means "no such response". Raises DataError on wrong shapes,
-        infinite rewards, non-finite embeddings, duplicate prompt ids or a prompt in both splits.
+        A NaN golden reward at the end of a row means "no such response", whatever its embedding. Raises
+        DataError on wrong shapes, infinite rewards, non-finite embeddings, duplicate prompt ids or a prompt in both.
         """
         train = _checked_split("train", golden_train, embedding_train, prompt_id_train, response_train)
         test = _checked_split("test", golden_test, embedding_test, prompt_id_test, response_test)
-        if train.dim != test.dim:
-            raise DataError(f"embedding_train has D={train.dim}, embedding_test D={test.dim}: they must be equal")
-        both = set(train.prompt_id) & set(test.prompt_id)
-        if both:
-            raise DataError(f"prompt id {min(both)!r} is in train and in test ({len(both)} such prompts)")
+        check_banks(train, test)
         return Bank(train, test, seed=seed)
 
-    def write(self, folder: Path) -> None:
-        """Write the bank's files into `folder` (layout: see `read`)."""
+    def __repr__(self) -> str:
+        return f"Bank(train={self.train!r}, test={self.test!r}, seed={self.seed})"
+
+    def write(self, folder: str | Path) -> None:
+        """Write the bank's files into `folder`, made where it is missing (layout: see `read`)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         for name, split in zip(SPLITS, (self.train, self.test), strict=True):
             np.save(folder / f"golden_{name}.npy", np.asarray(split.golden, dtype=np.float32))
             np.save(folder / f"embedding_{name}.npy", np.asarray(split.embedding))
@@ -246,22 +252,75 @@ def _checked_split(
     response: Sequence[Sequence[str]] | None,
 ) -> Split:
     golden, embedding = np.asarray(golden), np.asanyarray(embedding)
-    if golden.ndim != 2 or embedding.ndim != 3 or embedding.shape[:2] != golden.shape:
+    if golden.ndim != 2 or embedding.ndim != 3 or embedding.shape[:2] != golden.shape or not golden.size:
         raise DataError(
-            f"golden_{name} has shape {golden.shape}, embedding_{name} {embedding.shape}; needed: [P, N] and [P, N, D]"
+            f"golden_{name} has shape {golden.shape}, embedding_{name} {embedding.shape}; "
+            "needed: [P, N] and [P, N, D], none of them 0"
         )
     if golden.dtype.kind not in "fiu" or embedding.dtype.kind != "f":
         raise DataError(f"{name}: golden is {golden.dtype}, embedding {embedding.dtype}; needed: real numbers")
     check_golden(name, golden)
-    if not np.isfinite(embedding).all():
-        prompt, response_index, _ = np.argwhere(~np.isfinite(embedding))[0]
-        raise DataError(f"embedding_{name}[{prompt}, {response_index}] is not finite")
+    golden32 = rounded(f"golden_{name}", golden)
+    if np.isnan(golden32).any() or embedding.dtype.itemsize > 4:  # padding counts as zero, whatever it holds
+        embedding = np.where(np.isnan(golden32)[..., None], 0, embedding).astype(np.float32)
     ids = [f"{name}-{i}" for i in range(len(golden))] if prompt_id is None else [str(i) for i in prompt_id]
-    if len(ids) != len(golden):
-        raise DataError(f"prompt_id_{name} has {len(ids)} entries for {len(golden)} prompts")
-    if len(set(ids)) != len(ids):
-        raise DataError(f"prompt_id_{name}: {next(i for i in ids if ids.count(i) > 1)!r} occurs more than once")
-    return Split(golden.astype(np.float32), embedding, ids, response=response)
+    split = Split(golden32, embedding, ids, response=response)
+    check_split(name, split)
+    return split
+
+
+def check_banks(train: Split, test: Split) -> None:
+    """Refuse splits of different D, and a prompt in both."""
+    if train.dim != test.dim:
+        raise DataError(f"embedding_train has D={train.dim}, embedding_test D={test.dim}: they must be equal")
+    both = set(train.prompt_id) & set(test.prompt_id)
+    if both:
+        raise DataError(f"prompt id {min(both)!r} is in train and in test ({len(both)} such prompts)")
+
+
+def check_split(name: str, split: Split) -> None:
+    """Refuse wrong shapes, bad rewards, non-finite embeddings, ids or texts that do not match the prompts."""
+    golden, embedding = split.golden, split.embedding
+    if golden.ndim != 2 or embedding.ndim != 3 or embedding.shape[:2] != golden.shape or not golden.size:
+        raise DataError(
+            f"{name}: golden has shape {golden.shape}, embedding {embedding.shape}; needed [P, N], [P, N, D]"
+        )
+    check_golden(name, golden)
+    for part in split.chunks():
+        bad = ~np.isfinite(np.asarray(embedding[part])).all(axis=2)
+        if bad.any():
+            prompt, response = np.argwhere(bad)[0]
+            raise DataError(f"embedding_{name}[{part.start + prompt}, {response}] is not finite")
+    if len(split.prompt_id) != len(golden):
+        raise DataError(f"prompt_id_{name} has {len(split.prompt_id)} entries for {len(golden)} prompts")
+    counts = Counter(split.prompt_id)
+    if len(counts) != len(golden):
+        raise DataError(f"prompt_id_{name}: {counts.most_common(1)[0][0]!r} occurs more than once")
+    if split.response is not None and [len(r) for r in split.response] != split.count.tolist():
+        raise DataError(
+            f"response_{name}: needs one text per response, [P][count]; the numbers differ from golden_{name}"
+        )
+
+
+def rounded(name: str, golden: Floats) -> NDArray[np.float32]:
+    """Golden rewards [P, N] as float32; DataError where rounding would blur the differences within prompts."""
+    wide = np.asarray(golden, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(np.float32)
+    if np.isinf(narrow).any():
+        prompt, response = np.argwhere(np.isinf(narrow))[0]
+        raise DataError(f"{name}[{prompt}, {response}] is {wide[prompt, response]}; allowed: finite float32 numbers")
+    valid = np.isfinite(wide)
+    count = np.maximum(valid.sum(axis=1, keepdims=True), 1)
+    mean = np.where(valid, wide, 0).sum(axis=1, keepdims=True) / count
+    spread = np.sqrt(np.mean((wide - mean)[valid] ** 2))
+    error = np.abs(narrow.astype(np.float64) - wide)[valid].max()
+    if error > 1e-3 * spread > 0:
+        raise DataError(
+            f"{name}: float32 rounds these rewards by up to {error:.2g}, their spread within prompts is {spread:.2g}; "
+            "subtract their mean first (dataset.center=prompt where there is that option)"
+        )
+    return narrow
 
 
 def check_golden(name: str, golden: Floats) -> None:

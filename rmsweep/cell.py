@@ -160,12 +160,20 @@ def too_many_annotations(spec: CellSpec, shape: BankShape) -> str | None:
     available, wanted = available_annotations(spec, shape), spec.values.n_annotations or 1
     if wanted <= available:
         return None
-    per_prompt = -(-wanted // max(1, int((shape.count_train >= 2).sum())))
     return (
         f"n_annotations={wanted} but this design gives at most {available} comparisons "
         f"({len(shape.count_train)} prompts, pairs_per_prompt={spec.values.pairs_per_prompt}); "
-        f"lower n_annotations, raise pairs_per_prompt (to {per_prompt} or more), or take a larger bank"
+        f"lower n_annotations, {_remedy(spec, shape, wanted)}or take a larger bank"
     )
+
+
+def _remedy(spec: CellSpec, shape: BankShape, wanted: int) -> str:
+    """The smallest pairs_per_prompt that would do, where there is one."""
+    most = int(shape.count_train.max(initial=1))
+    for pairs in range(spec.values.pairs_per_prompt + 1, most * (most - 1) // 2 + 1):
+        if spec.pairing.capacity(spec.candidates.size(shape.count_train, pairs)) >= wanted:
+            return f"raise pairs_per_prompt (to {pairs} or more), "
+    return "take more candidates (candidates.k), " if getattr(spec.candidates, "k", None) not in (None, "all") else ""
 
 
 def available_annotations(spec: CellSpec, shape: BankShape) -> int:
@@ -183,4 +191,6 @@ def _sized(model: Any, size: Size | None) -> Any:
 
 def _number(value: Any) -> Any:
     """Hydra hands inf and nan over as floats, YAML and JSON as words: one spelling for both."""
-    return float(value) if isinstance(value, str) and value.lower() in ("inf", "nan") else value
+    if isinstance(value, float) or (isinstance(value, str) and value.lower() in ("inf", "nan")):
+        return float(value) + 0.0  # -0.0 is 0.0
+    return value

@@ -79,7 +79,7 @@ def run(
         raise DataError(plan.unknown or f"sweep {plan.name}: the data are not here, so nothing can be computed")
     plan.write(folder)
     results.mark_last(root, plan.name)
-    pending = _pending(cells, store, retry)
+    pending = _pending(cells, store, retry, plan.keep)
     job = Job(root, folder / "logs", plan.compute, plan.keep, _digests(plan.plugins), work)
     bar = Progress(plan.name, len({cell.fingerprint for cell in pending}), folder, show=progress)
     schedule = Schedule(job, store, units.split(pending, max(1, engine.n_workers(len(pending)))), bar)
@@ -108,9 +108,9 @@ def _finish(root: Path, plan: Plan, store: Store, schedule: Schedule, stopped: i
     return Summary(plan.name, tables.counts, schedule.n_computed, tables.n_missing, path, stopped, tuple(notes))
 
 
-def _pending(cells: Sequence[PlannedCell], store: Store, retry: frozenset[str]) -> list[PlannedCell]:
-    """Cells without a record, and those to retry that are not done."""
-    states = store.done(cell.fingerprint for cell in cells)
+def _pending(cells: Sequence[PlannedCell], store: Store, retry: frozenset[str], keep: str) -> list[PlannedCell]:
+    """Cells without a record or without what `keep` asks for, and those to retry that are not done."""
+    states = store.done_and_kept((cell.fingerprint for cell in cells), keep)
     again = {key for key in retry if states.get(key) not in (None, "done")}
     return [cell for cell in cells if cell.fingerprint not in states or cell.fingerprint in again]
 

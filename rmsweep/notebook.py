@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ def annotate(
     bank: Bank,
     n_annotations: int | None = None,
     *,
-    beta: float = 1.0,
+    beta: float | None = None,
     error_rate: float | None = None,
     candidates: str | dict[str, Any] = "random",
     pairing: str | dict[str, Any] = "same_prompt",
@@ -45,15 +46,18 @@ def annotate(
 ) -> Preferences:
     """Preferences of a simulated annotator over the bank's training responses.
 
-    n_annotations: null for 10,000 or what the bank can give. beta: annotation quality, inf for none wrong;
-    error_rate: solved for beta instead. reward_scale: the unit of golden differences, a number, "sd" or
+    n_annotations: null for 10,000 or what the bank can give. beta: annotation quality, null for 1, inf for none wrong;
+    error_rate: solved for beta instead, not beside it. reward_scale: the unit of golden differences, a number, "sd" or
     "within_prompt_sd". candidates, pairing, annotator, protocol: an option of conf/ or a node with `kind`.
     """
     from rmsweep.stages import annotate as stage
 
+    if beta is not None and error_rate is not None:
+        raise ConfigError("beta and error_rate exclude each other: error_rate is solved for beta; give one of them")
     spec = _spec(
         candidates=candidates, pairing=pairing, annotator=annotator, protocol=protocol, reward_scale=reward_scale,
-        beta=beta, error_rate={"value": error_rate}, n_annotations=n_annotations, pairs_per_prompt=pairs_per_prompt,
+        beta=1.0 if beta is None else beta, error_rate={"value": error_rate}, n_annotations=n_annotations,
+        pairs_per_prompt=pairs_per_prompt,
         seed=seed,
     )  # fmt: skip
     return stage.annotate(spec, bank, streams(seed), {})
@@ -77,6 +81,8 @@ def fit(
     """
     from rmsweep.stages.train import train
 
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device={device!r}: allowed are cpu and cuda")
     node = {**_node("reward_model", reward_model), **fields}
     if objective is not None:
         node["objective"] = _register("notebook_objective", objective)
@@ -119,24 +125,33 @@ def sweep(
 ) -> pd.DataFrame:
     """Run the grid of `axes` (key -> values, as on the command line) and return its results table.
 
-    objectives: name -> your own loss; each becomes a reward model of that name (an MLP), joined to the axis
-    `reward_model` when the axes have none. bank: your own bank in place of a dataset. Functions cannot be sent to
-    worker processes by name, so a sweep with `objectives` runs in this process.
+    objectives: name -> your own loss; each becomes a reward model of that name (an MLP) on the axis `reward_model`,
+    beside bt_mlp and clf_mlp where the axes name none. bank: your own bank in place of a dataset. Functions cannot be
+    sent to worker processes by name, so a sweep with `objectives` runs in this process. In a script, call this below
+    `if __name__ == "__main__":` (worker processes import the script), or with workers=0.
     """
     from rmsweep import execute, results
     from rmsweep.engines.local import Local
-    from rmsweep.grid import describe
+    from rmsweep.grid import check_name, derived_name, describe
     from rmsweep.plan import make
 
-    axes = {key: list(values) for key, values in axes.items()}
+    axes = {key: _values(key, values) for key, values in axes.items()}
+    taken = Presets([Path(folder) for folder in config_dirs]).options("reward_model")
+    for own_name in objectives or {}:
+        if own_name in taken:
+            raise ConfigError(f"objective {own_name!r}: a reward model of that name exists; choose another name")
     own = {name: {"kind": "mlp", "objective": _register(name, loss)} for name, loss in (objectives or {}).items()}
-    if own and "reward_model" not in axes:
-        axes["reward_model"] = ["bt_mlp", "clf_mlp", *own]
+    if own:
+        named = axes.get("reward_model", ["bt_mlp", "clf_mlp"])
+        axes["reward_model"] = [*named, *(name for name in own if name not in named)]
     presets = Presets([Path(folder) for folder in config_dirs], extra={"reward_model": own})
     departures = dict(set or {})
     if bank is not None:
         departures = {"dataset": "folder", "dataset.path": str(_imported(bank, Path(root))), **departures}
-    plan = make(describe({"name": name, "set": departures, "axes": axes}), presets)
+    digests = [component.get("objective", own_name).code_digest for own_name in own]  # type: ignore[attr-defined]
+    grid = describe({"set": departures, "axes": axes})
+    grid = replace(grid, name=check_name(name) if name else derived_name(grid, digests))
+    plan = make(grid, presets)
     summary = execute.run(plan, Path(root), Local(workers=0 if own else workers), progress=progress)
     return results.load(summary.results)
 
@@ -146,6 +161,13 @@ def load(path: str | Path = "outputs") -> pd.DataFrame:
     from rmsweep import results
 
     return results.load(Path(path))
+
+
+def _values(key: str, values: Any) -> list[Any]:
+    """The values of an axis as plain Python values."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ConfigError(f"axes[{key!r}]={values!r}: needs a list of values, such as [{values!r}]")
+    return [value.item() if isinstance(value, np.generic) else value for value in values]
 
 
 def _imported(bank: Bank, root: Path) -> Path:

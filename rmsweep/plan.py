@@ -360,10 +360,22 @@ def _union(old: Plan, new: Plan, folder: Path) -> Plan:
     for path in new.plugins:
         if path in pinned and file_sha256(Path(path)) != pinned[path]:
             raise ConfigError(f"sweep {old.name} was planned with another {path}; give another sweep.name=NAME")
-    cells = {(c.cell_id, canonical_json(c.labels)): c for c in old.cells}
-    cells.update({(c.cell_id, canonical_json(c.labels)): c for c in new.cells})
     plugins = tuple(dict.fromkeys((*old.plugins, *new.plugins)))
-    return dataclasses.replace(new, name=old.name, cells=list(cells.values()), plugins=plugins)
+    return dataclasses.replace(new, name=old.name, cells=_merged(old.cells, new.cells), plugins=plugins)
+
+
+def _merged(old: Sequence[PlannedCell], new: Sequence[PlannedCell]) -> list[PlannedCell]:
+    """The cells of both; one cell whose labels do not contradict each other is one row with the labels of both."""
+    cells: dict[str, list[PlannedCell]] = {}
+    for cell in (*old, *new):
+        same = cells.setdefault(cell.cell_id, [])
+        for i, known in enumerate(same):
+            if all(known.labels[key] == value for key, value in cell.labels.items() if key in known.labels):
+                same[i] = cell._replace(labels={**known.labels, **cell.labels})
+                break
+        else:
+            same.append(cell)
+    return [cell for same in cells.values() for cell in same]
 
 
 def _spelled(compute: Compute) -> str:

@@ -49,6 +49,6 @@ def _import(file: Path, name: str) -> None:
         spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
-        if isinstance(error, ConfigError) or not isinstance(error, Exception):
+        if isinstance(error, ConfigError | KeyboardInterrupt):
             raise
         raise ConfigError(f"--plugin {file}: {type(error).__name__}: {error}") from error

@@ -22,6 +22,9 @@ class Comparisons:
     def __len__(self) -> int:
         return len(self.prompt_a)
 
+    def __repr__(self) -> str:
+        return f"Comparisons({len(self)})"
+
     def rows_a(self, split: Split) -> Ints:
         """Flat bank rows of the a side, [C]."""
         return split.rows(self.prompt_a, self.response_a)
@@ -50,6 +53,9 @@ class Preferences:
 
     def __len__(self) -> int:
         return len(self.preference)
+
+    def __repr__(self) -> str:
+        return f"Preferences({len(self)} comparisons, beta={self.beta:g}, error rate {self.annotation_error_rate:.3f})"
 
     @property
     def annotation_error_rate(self) -> float:

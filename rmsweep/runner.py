@@ -222,7 +222,8 @@ def run_cell(task: UnitTask, cell: CellTask, opened: _Opened) -> Finished:
         reason = f"{type(error).__name__}: {error}"
         return unfinished(task.unit_id, cell, "failed", reason, traceback.format_exc())
     cost = {**_cost(task.unit_id, cell), **{f"seconds_{k}": v for k, v in outcome.seconds.items()}}
-    return Finished(record, cost, outcome.kept)
+    nothing = {"nothing": np.zeros(0)} if task.job.keep != "none" else {}  # a model without a safe format
+    return Finished(record, cost, outcome.kept or nothing)
 
 
 def unfinished(unit_id: str, cell: CellTask, status: str, reason: str, trace: str | None = None) -> Finished:

@@ -53,7 +53,7 @@ METRICS = (
     Column("tilt_kl", LF, "its KL divergence from the uniform pick in nats, raw scores"),
     Column("tilt_golden_calibrated", LF, "its golden reward after monotone recalibration of scores to golden units"),
     Column("tilt_kl_calibrated", LF, "its KL after monotone recalibration"),
-    Column("annotation_error_rate", F, "realised share of preferences against the golden order"),
+    Column("annotation_error_rate", F, "realised share of preferences against the golden order, ties left out"),
     Column("golden_gap", F, "mean |golden difference| of the comparisons, in the bank's units"),
     Column("n_train", I, "distinct comparisons with a training example"),
     Column(

@@ -146,6 +146,21 @@ class Store:
         """Fingerprint -> status (done, diverged, skipped, failed) of the cells that have a record."""
         return {key: state.status for key, state in self.states(fingerprints).items()}
 
+    def done_and_kept(self, fingerprints: Iterable[str], keep: str) -> dict[str, str]:
+        """As `done`, without the done cells that lack what `keep` (scores, models) asks for."""
+        found = self.done(fingerprints)
+        if keep == "none":
+            return found
+        kept = self._kept_names()
+        has = {name.partition("/")[0] for name in kept if (name.partition("/")[2] == "scores") == (keep == "scores")}
+        return {key: status for key, status in found.items() if status != "done" or key in has}
+
+    def _kept_names(self) -> set[str]:
+        """Names <fingerprint>/<array> of everything that was kept."""
+        from safetensors.numpy import load
+
+        return {name for _, data in self._sound("kept", lambda path: True) for name in load(data)}
+
     def states(self, fingerprints: Iterable[str]) -> dict[str, State]:
         """Fingerprint -> status and reason of the cells that have a record; reads those columns only."""
         table = self.records(fingerprints, ["status", "reason"])

@@ -5,9 +5,11 @@ import pytest
 from conftest import make_spec, random_bank
 
 from rmsweep import component
+from rmsweep.bank import Bank
 from rmsweep.errors import DataError, DesignError
+from rmsweep.preferences import Comparisons, Preferences
 from rmsweep.rng import stream, streams
-from rmsweep.stages.annotate import annotate, reward_scale, same_prompt_differences
+from rmsweep.stages.annotate import annotate, reward_scale, same_prompt_differences, solve_beta
 
 BT = component.build("annotator", "bradley_terry")
 
@@ -61,8 +63,33 @@ def test_error_rate_is_solved_on_the_reference_not_on_the_design(bank, changes):
     reference = annotate(spec(error_rate={"value": 0.2}), bank, streams(0), {})
     design = annotate(spec(error_rate={"value": 0.2}, **changes), bank, streams(1), {})
     assert design.beta == reference.beta
-    expected = np.mean(1 - BT.probability(np.abs(same_prompt_differences(bank.train)), design.beta))
+    difference, weight = same_prompt_differences(bank.train)
+    expected = np.average(1 - BT.probability(np.abs(difference), design.beta), weights=weight)
     assert expected == pytest.approx(0.2, abs=1e-9)
+
+
+def test_error_rate_weighs_every_prompt_equally():
+    """Ragged banks: random annotation visits prompts equally, so prompts with many pairs must not dominate."""
+    rng = np.random.default_rng(0)
+    golden = np.full((2000, 30), np.nan)
+    golden[:1800, :2] = rng.standard_normal((1800, 2)) * 0.2
+    golden[1800:] = rng.standard_normal((200, 30)) * 3
+    split = random_bank(rng, p=2000, n=30, d=1).train
+    ragged = Bank(type(split)(golden.astype(np.float32), split.embedding, split.prompt_id), split)
+    rates = [
+        annotate(make_spec(error_rate={"value": 0.2}), ragged, streams(s), {}).annotation_error_rate for s in range(3)
+    ]
+    assert np.mean(rates) == pytest.approx(0.2, abs=0.02)
+
+
+def test_ties_count_neither_for_the_error_rate_nor_for_its_solution():
+    """Equal golden rewards have no order to violate."""
+    difference = np.array([0.0] * 50 + [1.0] * 50)
+    beta = solve_beta(difference, 0.2, BT)
+    assert BT.probability(np.array([1.0]), beta)[0] == pytest.approx(0.8)
+    pairs = Comparisons(*np.zeros((4, 4), dtype=np.int64))
+    p = Preferences(pairs, np.array([1, 0, 1, 0], np.float32), np.full(4, 0.5), np.array([0.0, 0.0, 1.0, 1.0]), 1.0)
+    assert p.annotation_error_rate == 0.5
 
 
 def test_error_rate_of_this_design_holds_there(bank):

@@ -147,6 +147,10 @@ def _bad_arrays():
     yield "gap", (gap, e, gt, et), {}, "NaN may only pad"
     yield "inf", (inf, e, gt, et), {}, r"golden_train\[2, 1\]"
     yield "embedding", (g, nan_e, gt, et), {}, r"embedding_train\[0, 1\]"
+    offset = np.random.default_rng(0).standard_normal((4, 3)) * 0.2 + 1e7
+    yield "rounding", (offset, e, gt, et), {}, "subtract their mean first"
+    yield "overflow", (g + 1e39, e, gt, et), {}, "finite float32"
+    yield "texts", (g, e, gt, et), {"response_train": [["x"] * 3] * 3}, "one text per response"
     yield "objects", (g.astype(object), e, gt, et), {}, "real numbers"
     yield "ids", (g, e, gt, et), {"prompt_id_train": ["a", "b", "a", "c"]}, "'a' occurs more than once"
     ids = {"prompt_id_train": list("abcd"), "prompt_id_test": ["x", "b"]}

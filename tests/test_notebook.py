@@ -1,5 +1,7 @@
 """The notebook face: the same numbers as the stages, own arrays, own losses."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.nn.functional import softplus
 
 import rmsweep
 from rmsweep.errors import ConfigError
+from rmsweep.objectives._function import _digest
 
 
 def linear_world(p=400, n=6, q=40, m=15, d=8, seed=0):
@@ -80,7 +83,54 @@ def test_a_changed_objective_is_another_cell(bank, tmp_path):
         rmsweep.sweep({"reward_model": ["own"]}, objectives={"own": make(m)}, bank=bank, root=tmp_path, progress=False)
         for m in (0.0, 2.0)
     ]
-    assert tables[0].cell_id[0] != tables[1].cell_id[0]
+    assert len(tables[0]) == len(tables[1]) == 1 and tables[0].cell_id[0] != tables[1].cell_id[0]
+
+
+def keyword_margin(m):
+    def loss(a, b, p, *, margin=m):
+        return torch.relu(margin - (2 * p - 1) * (a - b))
+
+    return loss
+
+
+def weighted(tensor):
+    return lambda a, b, p: torch.relu(tensor[1000] - (2 * p - 1) * (a - b))
+
+
+@pytest.mark.parametrize(
+    ("make", "first", "second"),
+    [
+        (keyword_margin, 1.0, 0.01),
+        (weighted, torch.ones(5000), torch.ones(5000) + torch.nn.functional.one_hot(torch.tensor(1000), 5000)),
+        (weighted, np.ones(5000), np.ones(5000) + np.eye(1, 5000, 1000)[0]),
+        (lambda m: functools.partial(keyword_margin(1.0), margin=m), 1.0, 0.01),
+        (lambda m: lambda a, b, p: keyword_margin(m)(a, b, p), 1.0, 0.01),
+    ],
+)
+def test_everything_a_loss_holds_is_in_its_digest(make, first, second):
+    """Catches stale results: keyword-only defaults, long arrays whose text is shortened, closed-over functions."""
+    assert _digest(make(first)) != _digest(make(second))
+    assert _digest(make(first)) == _digest(make(first))
+
+
+def test_a_loss_that_cannot_be_fingerprinted_is_refused():
+    """An object's text holds an address: it would never be found again, or found wrongly."""
+    thing = object()
+    with pytest.raises(ConfigError, match="cannot be fingerprinted"):
+        _digest(lambda a, b, p: (thing, a - b)[1])
+
+
+def test_axes_and_objectives_are_not_lost(bank, tmp_path):
+    """An objective joins a given axis; names of existing reward models and single values are refused."""
+    options = {"bank": bank, "root": tmp_path, "progress": False, "set": {"reward_model.hidden": [8]}}
+    table = rmsweep.sweep({"reward_model": ["bt_mlp"], "seed": np.arange(1)}, objectives={"hinge": hinge}, **options)
+    assert set(table.reward_model) == {"bt_mlp", "hinge"}
+    with pytest.raises(ConfigError, match="exists"):
+        rmsweep.sweep({"seed": [0]}, objectives={"bt_mlp": hinge}, **options)
+    with pytest.raises(ConfigError, match="needs a list"):
+        rmsweep.sweep({"beta": 3}, **options)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        rmsweep.annotate(bank, beta=1.0, error_rate=0.2)
 
 
 def test_bad_names_and_choices_are_refused(bank):

@@ -43,13 +43,14 @@ def test_clean_split_has_no_response_on_both_sides(bank, pairing, pointwise):
 
 def test_clean_split_keeps_every_comparison_of_a_training_prompt(bank):
     """None leaves training; validation comparisons lie within validation prompts on both sides."""
-    preferences, split = examples_of(bank, CLEAN, False, pairing="cross_prompt")
+    strict = component.build("protocol", {"kind": "clean", "min_validation": 10})
+    preferences, split = examples_of(bank, strict, False, pairing="cross_prompt")
     prompt_a, prompt_b = preferences.comparisons.prompt_a, preferences.comparisons.prompt_b
     training_prompts = set(prompt_a[split.train.comparison])
     assert len(training_prompts) == 480
     np.testing.assert_array_equal(split.train.comparison, np.flatnonzero(np.isin(prompt_a, list(training_prompts))))
     assert not set(prompt_b[split.validation.comparison]) & training_prompts
-    assert len(split.validation) >= CLEAN.min_validation
+    assert len(split.validation) >= 10
 
 
 def test_clean_split_of_few_cross_prompt_comparisons_still_validates_without_leak(bank):

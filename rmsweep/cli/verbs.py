@@ -109,7 +109,7 @@ def _finish(plan: Any, summary: Any) -> int:
         ", ".join(f"{n:,} {state}" for state, n in summary.counts.items() if n) + f"; {summary.n_computed:,} computed"
     )
     print(f"results: {summary.results}")
-    if summary.interrupted:
+    if summary.interrupted and summary.n_missing:
         print("interrupted; the same command again continues", file=sys.stderr)
         return 128 + int(summary.interrupted)
     return 2 if summary.counts.get("failed") or summary.counts.get("diverged") else 0
@@ -132,7 +132,7 @@ def _states(root: Path, plan: Any) -> Mapping[str, str]:
         return {}
     from rmsweep.store import Store
 
-    return Store(root).done(c.fingerprint for c in plan.cells if c.reason is None)
+    return Store(root).done_and_kept((c.fingerprint for c in plan.cells if c.reason is None), plan.keep)
 
 
 def _disk(root: Path, plan: Any, states: Mapping[str, str]) -> tuple[int, int]:
@@ -170,7 +170,7 @@ def _mean_seconds(root: Path) -> dict[str, float]:
 def _status(args: argparse.Namespace) -> int:
     from rmsweep import status
 
-    root, name, _ = _named(args.words)
+    root, name = _named_only(args.words)
     summary = status.summarise(root, name)
     if args.json:
         print(json.dumps(summary, indent=1, default=str))
@@ -186,10 +186,15 @@ def _results(args: argparse.Namespace) -> int:
     if args.schema:
         print(results.schema_text())
         return 0
-    root, name, _ = _named(args.words)
+    root, name = _named_only(args.words)
     folder = sweep_folder(root, name)
     frame = results.query(folder, args.sql) if args.sql else results.load(folder)
     if args.csv:
+        lists = [
+            c for c in frame.columns if frame[c].map(lambda v: hasattr(v, "tolist") and hasattr(v, "__len__")).any()
+        ]
+        for column in lists:  # JSON, not the shortened text of an array
+            frame[column] = [None if v is None else json.dumps(v.tolist()) for v in frame[column]]
         frame.to_csv(sys.stdout, index=False)
     else:
         print(frame.to_string(index=False, max_colwidth=40))
@@ -244,6 +249,14 @@ def _completion(args: argparse.Namespace) -> int:
         raise ConfigError(f"completion needs the name of a shell: {', '.join(SCRIPTS)}")
     print(script(args.words[0]))
     return 0
+
+
+def _named_only(words: Sequence[str]) -> tuple[Path, str]:
+    """Root and name of a verb that takes nothing else."""
+    root, name, rest = _named(words)
+    if rest:
+        raise ConfigError(f"{' '.join(rest)}: only root=DIR and a sweep's name go here; to select rows use --sql")
+    return root, name
 
 
 def _named(words: Sequence[str]) -> tuple[Path, str, list[str]]:

@@ -38,8 +38,12 @@ def column_names(path: Path) -> list[str]:
         raise DataError(f"{path}: the file is empty")
     if path.suffix.lower() == ".parquet":
         return list(_open(path).schema_arrow.names)
-    lines = itertools.islice(_json_lines(path, Problems(path)), LOOK_AHEAD)
-    return list(dict.fromkeys(key for _, line in lines for key in line))
+    problems = Problems(path)
+    lines = itertools.islice(_json_lines(path, problems), LOOK_AHEAD)
+    names = list(dict.fromkeys(key for _, line in lines for key in line))
+    if not names:
+        problems.check()
+    return names
 
 
 def batches(path: Path, columns: Sequence[str], problems: Problems, size: int = 2048) -> Iterator[Batch]:

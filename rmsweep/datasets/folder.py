@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rmsweep.bank import Bank, Split, check_golden
+from rmsweep.bank import Bank, Split, check_banks, check_split
 from rmsweep.component import component, downstream, silent
 from rmsweep.datasets import BankShape, RewardScale
 from rmsweep.errors import DataError
@@ -35,11 +35,8 @@ class BankFolder:
         """Counts per prompt; raises DataError on gaps, infinite rewards or embeddings of another shape."""
         bank = self._bank()
         for name, split in (("train", bank.train), ("test", bank.test)):
-            check_golden(name, split.golden)
-            if split.embedding.shape[:2] != split.golden.shape:
-                raise DataError(
-                    f"{self.path}: embedding_{name} has shape {split.embedding.shape}, golden {split.golden.shape}"
-                )
+            check_split(name, split)
+        check_banks(bank.train, bank.test)
         return BankShape(bank.train.count, bank.test.count, has_texts=_has_texts(bank.train) and _has_texts(bank.test))
 
     def generate(self, llm: Any, size: Size, embedder: Any, folder: Path) -> None:
@@ -55,7 +52,15 @@ class BankFolder:
         return Path(self.path)
 
     def _bank(self) -> Bank:
-        return Bank.read(self._folder())
+        folder = self._folder()
+        if references := sorted(folder.glob("reference_*.json")):
+            raise DataError(f"{references[0]}: points to a file elsewhere; such banks are dataset=released_...")
+        try:
+            return Bank.read(folder)
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{folder}: not a bank as Bank.write leaves it ({type(error).__name__}: {error})") from None
 
 
 def _has_texts(split: Split) -> bool:

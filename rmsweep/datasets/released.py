@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from pydantic import Field
 
-from rmsweep.bank import SPLITS, Floats, Ints, open_npy, write_notes, write_prompts, write_reference
+from rmsweep.bank import SPLITS, Floats, Ints, open_npy, rounded, write_notes, write_prompts, write_reference
 from rmsweep.component import component, downstream, silent
 from rmsweep.datasets import BankShape, RewardScale
 from rmsweep.errors import DataError
@@ -73,6 +73,8 @@ class Released:
             problems.append(f"{dims[0]}, {dims[1]}: they must be equal")
         if problems:
             raise DataError("\n  ".join(problems))
+        for side in (train, test):
+            rounded(str(side.reward_path), np.asarray(side.golden))
         return BankShape(train.counts, test.counts, has_texts=False)
 
     def generate(self, llm: Any, size: Size, embedder: Any, folder: Path) -> None:
@@ -81,7 +83,7 @@ class Released:
         if problems := [p for side in sides for p in (_bad_rewards(side), _bad_anywhere(side)) if p]:
             raise DataError("\n  ".join(problems))
         for name, side in zip(SPLITS, sides, strict=True):
-            np.save(folder / f"golden_{name}.npy", np.ascontiguousarray(side.golden, dtype=np.float32))
+            np.save(folder / f"golden_{name}.npy", np.ascontiguousarray(rounded(name, np.asarray(side.golden))))
             write_reference(folder, name, side.path.resolve(), side.layout)
             write_prompts(folder, name, [f"{name}-{i}" for i in range(len(side.golden))])
         write_notes(folder, seed=self.seed, layout={name: s.layout for name, s in zip(SPLITS, sides, strict=True)})

@@ -9,7 +9,8 @@ Prompt p and response i of a base LLM with `skill` and `diversity`:
 rho = within_share, nu = nonlinearity, sigma = observation_noise. c makes sd(g(z) - g(z')) of two responses to one
 prompt equal `golden_sd` at skill 0 and diversity 1, in closed form; at the default 1.3 the papers' betas 0.5 ... 10
 give error rates of about 37 % ... 4 %. E[g | y] has a closed form too (Gaussian prior, Gaussian noise): it is the
-best score that any function of the embedding can reach, stored as the bank's `ceiling`.
+best score that any function of the embedding can reach (where D >= L + R, so that y can be read off e), stored as
+the bank's `ceiling`.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from pydantic import Field
 from rmsweep.bank import SPLITS, NpyWriter, write_notes, write_prompts
 from rmsweep.component import component, downstream, silent
 from rmsweep.datasets import BankShape, RewardScale
+from rmsweep.errors import ConfigError
 from rmsweep.rng import stream
 from rmsweep.size import Size
 
 Array = NDArray[np.float64]
-Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 CHUNK_ROWS = 8192  # part of the algorithm: each chunk of responses has its own random stream
 
@@ -51,7 +52,7 @@ class SimulatedWorld:
     n_latent: Count = 16
     n_nuisance: Count = 16
     n_waves: Count = 32
-    nonlinearity: Share = 0.5
+    nonlinearity: Annotated[float, Field(ge=0, lt=1)] = 0.5
     frequency: Annotated[float, Field(gt=0)] = 1.5
     within_share: Annotated[float, Field(gt=0, le=1)] = 0.5
     observation_noise: Annotated[float, Field(ge=0)] = 0.3
@@ -66,6 +67,8 @@ class SimulatedWorld:
 
     def shape(self, llm: Any, size: Size, embedder: Any) -> BankShape:
         """Counts per prompt as the size says; no texts."""
+        if llm.kind != "simulated":
+            raise ConfigError(f"base_llm.kind={llm.kind} has no place in the simulated world; needed: simulated")
         return BankShape(np.full(size.P, size.N), np.full(size.Q, size.M), has_texts=False)
 
     def generate(self, llm: Any, size: Size, embedder: Any, folder: Path) -> None:

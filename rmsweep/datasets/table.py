@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from rmsweep.bank import SPLITS, Ints, write_notes, write_prompts
+from rmsweep.bank import SPLITS, Ints, rounded, write_notes, write_prompts
 from rmsweep.component import component, downstream, silent
 from rmsweep.datasets import BankShape, RewardScale
 from rmsweep.datasets._checks import Problems
@@ -94,13 +94,15 @@ class Table:
     def shape(self, llm: Any, size: Size, embedder: Any) -> BankShape:
         """Responses per prompt; DataError with all problems of the file (row, column, value, allowed)."""
         sides = self._sides(embedder)
+        for name, side in zip(SPLITS, sides, strict=True):
+            rounded(f"{self.path}: {self.golden_column} ({name})", side.padded(side.golden))
         return BankShape(sides[0].count, sides[1].count, has_texts=True)
 
     def generate(self, llm: Any, size: Size, embedder: Any, folder: Path) -> None:
         """Write the bank: golden rewards, texts, embeddings (the column's, or fitted on training texts)."""
         sides = self._sides(embedder)
         for name, side in zip(SPLITS, sides, strict=True):
-            np.save(folder / f"golden_{name}.npy", side.padded(side.golden.astype(np.float32)))
+            np.save(folder / f"golden_{name}.npy", rounded(name, side.padded(side.golden)))
             write_prompts(folder, name, side.prompt_id, side.prompt, side.nested(), side.category)
         source = self._source(embedder)
         dim = (
@@ -173,9 +175,9 @@ class Side:
             category=None if source.category is None else [source.category[i] for i in prompts],
         )  # fmt: skip
 
-    def padded(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    def padded(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """One value per row as [P, N], NaN where a prompt has fewer responses."""
-        result = np.full((len(self.count), int(self.count.max())), np.nan, dtype=np.float32)
+        result = np.full((len(self.count), int(self.count.max())), np.nan)
         result[self.place] = values
         return result
 

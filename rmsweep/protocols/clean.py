@@ -22,14 +22,15 @@ class Clean:
 
     A comparison follows its prompt a: all comparisons of training prompts train. One of a validation prompt validates
     if its b belongs to a validation prompt too and neither response occurs in training; the others (cross-prompt
-    comparisons that straddle the split) are left out. Where that leaves fewer than `min_validation`, comparisons whose
-    b belongs to a training prompt are admitted, still without a response that occurs in training.
+    comparisons that straddle the split) are left out: under cross_prompt about 2 % of all comparisons validate. Where
+    that is fewer than `min_validation`, comparisons whose b belongs to a training prompt are admitted, still without a
+    response that occurs in training: about 6 %.
     """
 
     prompt_order: ClassVar[Literal["shuffled"]] = "shuffled"
 
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    min_validation: Annotated[int, Field(ge=1)] = 10
+    min_validation: Annotated[int, Field(ge=1)] = 200
     batch_comparisons: Annotated[int, Field(ge=1)] = 256
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

@@ -23,6 +23,7 @@ from rmsweep.reward_models._history import CHUNK_ROWS, history, logistic_loss, s
 Strength = Annotated[float, Field(ge=0)]
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0)
 OBJECTIVES = ("bradley_terry", "classification")
+NULL_LOSS = 0.99 * float(np.log(2))  # above it nothing has been learned yet: a weaker l2 may still do better
 PATIENCE = 2  # strengths in a row that validate worse than the best: weaker ones will not come back
 CONSTANT = 1e-6  # a feature whose sd is below this share of its mean varies by rounding only
 
@@ -144,7 +145,7 @@ def best_on_path(train: Design, validation: Design, strengths: list[float], max_
         fit = Fit(l2, theta, logistic_loss(validation.margin(theta), validation.target))
         if best is None or (fit.validation_loss or 0) < (best.validation_loss or 0):
             best, worse = fit, 0
-        else:
+        elif (best.validation_loss or 0) < NULL_LOSS:
             worse += 1
         if worse >= PATIENCE:
             break

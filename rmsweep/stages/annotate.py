@@ -68,26 +68,39 @@ def reward_scale(scale: RewardScale, split: Split) -> float:
     return value
 
 
-def solve_beta(difference: NDArray[np.float64], error_rate: float, annotator: Annotator) -> float:
-    """Beta with mean_c P(wrong | |d_c|) = error_rate over untied scaled golden differences d [C]."""
-    size = np.abs(difference[difference != 0])
+def solve_beta(
+    difference: NDArray[np.float64],
+    error_rate: float,
+    annotator: Annotator,
+    weight: NDArray[np.float64] | None = None,
+) -> float:
+    """Solve mean_c P(wrong | |d_c|) = error_rate for beta, over untied scaled golden differences d [C], weights [C]."""
+    untied = difference != 0
+    size = np.abs(difference[untied])
     if not len(size):
         raise DesignError(f"error_rate={error_rate}: all golden rewards are equal, no error can be made")
+    weight = None if weight is None else weight[untied]
 
     def excess(log_beta: float) -> float:
-        return float(np.mean(1 - annotator.probability(size, float(np.exp(log_beta))))) - error_rate
+        wrong = 1 - annotator.probability(size, float(np.exp(log_beta)))
+        return float(np.average(wrong, weights=weight)) - error_rate
 
     return float(np.exp(brentq(excess, -30.0, 30.0, xtol=1e-12)))
 
 
-def same_prompt_differences(split: Split) -> NDArray[np.float64]:
-    """Golden differences of all pairs of responses to one prompt; of evenly spaced prompts where there are too many."""
+def same_prompt_differences(split: Split) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Golden differences of all pairs of responses to one prompt, and weights that give every prompt the same total.
+
+    Of evenly spaced prompts where there are too many pairs.
+    """
     per_prompt = split.n_responses * (split.n_responses - 1) // 2
     step = max(1, -(-split.n_prompts * per_prompt // MAX_REFERENCE_PAIRS))
     golden = split.golden[::step].astype(np.float64)
     first, second = np.triu_indices(split.n_responses, 1)
-    difference = (golden[:, first] - golden[:, second]).reshape(-1)
-    return difference[np.isfinite(difference)]
+    difference = golden[:, first] - golden[:, second]
+    valid = np.isfinite(difference)
+    weight = valid / np.maximum(valid.sum(axis=1, keepdims=True), 1)
+    return difference[valid], weight[valid]
 
 
 def _solved_beta(spec: CellSpec, bank: Bank, scale: float, cache: dict[Any, Any]) -> float:
@@ -99,5 +112,6 @@ def _solved_beta(spec: CellSpec, bank: Bank, scale: float, cache: dict[Any, Any]
         return solve_beta(difference / scale, value, spec.annotator)
     key = ("beta", value, scale, str(component.identity(spec.annotator)))
     if key not in cache:
-        cache[key] = solve_beta(same_prompt_differences(bank.train) / scale, value, spec.annotator)
+        difference, weight = same_prompt_differences(bank.train)
+        cache[key] = solve_beta(difference / scale, value, spec.annotator, weight)
     return float(cache[key])
