@@ -147,7 +147,7 @@ def _rival(key: str) -> str | None:
 
 def derived_name(sweep: Sweep, extra: Sequence[str] = ()) -> str:
     """A readable name out of the departures and axes, ending in 8 hex digits of the grid (and of `extra`)."""
-    words = [f"{k}-{v}" for k, v in sweep.set.items() if isinstance(v, str | int | float)]
+    words = [f"{k}-{v}" for k, v in sweep.set.items() if isinstance(v, str | int | float) and "/" not in str(v)]
     words += [f"{k}{len(v)}" if isinstance(v, list) else k for k, v in sweep.axes.items()]
     words += [str(k) for pair in sweep.paired for k in pair]
     readable = re.sub(r"[^A-Za-z0-9._]+", "-", "_".join(words)).strip("-._")[:80].rstrip("-._") or "baseline"

@@ -87,6 +87,33 @@ def test_a_different_sweep_reuses_what_it_shares(whole):
     assert "4 done" in out and "2 computed" in out
 
 
+def test_keep_is_honoured_for_finished_cells(tmp_path):
+    """Catches keep= that is silently ignored where the metrics are there already; again: nothing to do."""
+    words = ["run", "size=tiny", "reward_model=bt_linear,clf_sklearn", "sweep.name=k"]
+    rmsweep(*words, root=tmp_path)
+    for keep in ("scores", "models"):
+        assert "2 computed" in rmsweep(*words, f"keep={keep}", root=tmp_path).stdout
+        assert "0 computed" in rmsweep(*words, f"keep={keep}", root=tmp_path).stdout
+    assert "2 done; 0 computed" in rmsweep(*words, root=tmp_path).stdout
+    refused = rmsweep("results", "beta=3", root=tmp_path, check=False)
+    assert refused.returncode == 1 and "--sql" in refused.stderr
+
+
+def test_one_cell_is_one_row_however_it_was_asked_for(tmp_path):
+    """A named sweep asked for again with a default spelled out: one row, the union of its labels."""
+    words = ["run", "size=tiny", "reward_model=bt_linear", "sweep.name=u"]
+    rmsweep(*words, root=tmp_path)
+    rmsweep(*words, "protocol.learning_rate=0.001", root=tmp_path)
+    (row,) = pq.read_table(tmp_path / "sweeps" / "u" / "results.parquet").to_pylist()
+    assert row["protocol.learning_rate"] == 0.001
+
+
+def test_paper_sweeps_follow_the_dataset(tmp_path):
+    """`sweep=paper/quality dataset=released_helpful` asks for the released files' own base LLMs."""
+    out = rmsweep("plan", "sweep=paper/quality", "dataset=released_helpful", root=tmp_path).stdout
+    assert "540 cells" in out and "does not go with" not in out
+
+
 def test_plugin_adds_an_objective(tmp_path):
     """--plugin FILE.py: a ten-line loss against all others, its digest in the fingerprint."""
     plugin = tmp_path / "margin.py"
