@@ -49,7 +49,7 @@ class CrossPrompt:
             if not redraw.any():
                 return pairs
         raise DesignError(
-            f"n_annotations={n}: {in_use} prompts with {int(size.sum())} candidates give too few distinct cross-prompt "
+            f"n_annotations={n}: {in_use} prompts with {int(size[order[:in_use]].sum())} candidates give too few distinct cross-prompt "
             "comparisons; lower n_annotations or pairs_per_prompt, or take more candidates"
         )
 

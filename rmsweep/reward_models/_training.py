@@ -98,7 +98,7 @@ def train_network(loss: Loss, examples: SplitExamples, schedule: Schedule, rng: 
         if len(examples.validation):
             history.validation.append(_validate(loss, examples.validation))
         _check(history, epoch)
-        if not schedule.restore_best or not history.validation or history.validation[-1] <= min(history.validation):
+        if not schedule.restore_best or not history.validation or np.argmin(history.validation) == epoch - 1:
             history.kept, weights = epoch, _snapshot(loss.network, schedule.restore_best)
         if _stops(history.validation, schedule):
             break
