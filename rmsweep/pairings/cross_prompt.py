@@ -48,9 +48,10 @@ class CrossPrompt:
             redraw = _impossible(pairs, int(candidates.max()) + 1)
             if not redraw.any():
                 return pairs
+        given = int(size[order[:in_use]].sum())
         raise DesignError(
-            f"n_annotations={n}: {in_use} prompts with {int(size[order[:in_use]].sum())} candidates give too few distinct cross-prompt "
-            "comparisons; lower n_annotations or pairs_per_prompt, or take more candidates"
+            f"n_annotations={n}: {in_use} prompts with {given} candidates give too few distinct cross-prompt comparisons; "
+            "lower n_annotations or pairs_per_prompt, or take more candidates"
         )
 
 
