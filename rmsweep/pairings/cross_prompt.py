@@ -50,8 +50,8 @@ class CrossPrompt:
                 return pairs
         given = int(size[order[:in_use]].sum())
         raise DesignError(
-            f"n_annotations={n}: {in_use} prompts with {given} candidates give too few distinct cross-prompt comparisons; "
-            "lower n_annotations or pairs_per_prompt, or take more candidates"
+            f"n_annotations={n}: {in_use} prompts with {given} candidates give too few distinct cross-prompt "
+            "comparisons; lower n_annotations or pairs_per_prompt, or take more candidates"
         )
 
 
