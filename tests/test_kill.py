@@ -93,7 +93,7 @@ def test_random_kills(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 6))
+@pytest.mark.parametrize("seed", [2, 3])
 def test_more_random_kills(tmp_path, monkeypatch, seed):
     """100 more each."""
     hammer(tmp_path, monkeypatch, 100, seed)
