@@ -30,7 +30,6 @@ from rmsweep.schemas import RECORD
 from rmsweep.store import Store, table_of
 
 PIPELINE = "rmsweep.runner:pipeline"
-PIPELINE_WARM = "rmsweep.runner:warm"
 FLUSH_SECONDS = 60.0
 KEPT_BYTES = 256 << 20  # kept arrays of a unit are merged up to this size, then begin another file
 LIBRARIES = ("rmsweep", "torch", "numpy", "scipy", "scikit-learn", "lightgbm", "pyarrow")
@@ -209,7 +208,8 @@ def run_cell(task: UnitTask, cell: CellTask, opened: _Opened) -> Finished:
     job = task.job
     try:
         outcome = _load(job.work).run(cell.config, opened.bank, job.compute, opened.cache, job.keep)
-        record = {**_record(cell, "done", None), **outcome.metrics}
+        metrics = {name: None if _is_nan(value) else value for name, value in outcome.metrics.items()}
+        record = {**_record(cell, "done", None), **metrics}
         record["golden_picked"] = np.asarray(outcome.golden_picked, dtype=np.float32)
         table_of([record], RECORD)  # what the table cannot hold fails this cell, not its unit
     except StoreError:

@@ -57,6 +57,8 @@ class Fake:
         }  # fmt: skip
         if faults().get(str(seed)) == "stray_column":
             metrics["no_such_column"] = 1.0
+        if faults().get(str(seed)) == "nan":
+            metrics["spearman"] = float("nan")
         note(f"cell-{seed}-{beta}")
         kept = {"scores": rng.random((2, 3)).astype(np.float32)} if keep == "scores" else {}
         return FakeOutcome(

@@ -70,6 +70,15 @@ def test_every_ending_of_a_cell(ready, monkeypatch):
     assert log.count("attempt 1") == 4 and "does not work" in log and '"seed": 3' in log
 
 
+def test_an_undefined_metric_is_null(ready, monkeypatch):
+    """NaN in a table would poison every mean and count as a number."""
+    task, store = ready
+    monkeypatch.setenv("FAKE_FAULTS", '{"0": "nan"}')
+    assert runner.run_unit(task, Quiet()).end == "ok"
+    (record,) = store.records([task.cells[0].fingerprint]).to_pylist()
+    assert record["status"] == "done" and record["spearman"] is None
+
+
 def test_one_part_per_attempt(ready):
     """Merged parts replace each other: files grow with units, not with publications."""
     task, store = ready
