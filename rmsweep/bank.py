@@ -252,11 +252,7 @@ def _checked_split(
     response: Sequence[Sequence[str]] | None,
 ) -> Split:
     golden, embedding = np.asarray(golden), np.asanyarray(embedding)
-    if golden.ndim != 2 or embedding.ndim != 3 or embedding.shape[:2] != golden.shape or not golden.size:
-        raise DataError(
-            f"golden_{name} has shape {golden.shape}, embedding_{name} {embedding.shape}; "
-            "needed: [P, N] and [P, N, D], none of them 0"
-        )
+    _check_shapes(name, golden, embedding)
     if golden.dtype.kind not in "fiu" or embedding.dtype.kind != "f":
         raise DataError(f"{name}: golden is {golden.dtype}, embedding {embedding.dtype}; needed: real numbers")
     check_golden(name, golden)
@@ -278,13 +274,18 @@ def check_banks(train: Split, test: Split) -> None:
         raise DataError(f"prompt id {min(both)!r} is in train and in test ({len(both)} such prompts)")
 
 
+def _check_shapes(name: str, golden: Floats, embedding: Floats) -> None:
+    if golden.ndim != 2 or embedding.ndim != 3 or embedding.shape[:2] != golden.shape or not golden.size:
+        raise DataError(
+            f"golden_{name} has shape {golden.shape}, embedding_{name} {embedding.shape}; "
+            "needed: [P, N] and [P, N, D], none of them 0"
+        )
+
+
 def check_split(name: str, split: Split) -> None:
     """Refuse wrong shapes, bad rewards, non-finite embeddings, ids or texts that do not match the prompts."""
     golden, embedding = split.golden, split.embedding
-    if golden.ndim != 2 or embedding.ndim != 3 or embedding.shape[:2] != golden.shape or not golden.size:
-        raise DataError(
-            f"{name}: golden has shape {golden.shape}, embedding {embedding.shape}; needed [P, N], [P, N, D]"
-        )
+    _check_shapes(name, golden, embedding)
     check_golden(name, golden)
     for part in split.chunks():
         bad = ~np.isfinite(np.asarray(embedding[part])).all(axis=2)

@@ -24,10 +24,6 @@ class DesignError(RmsweepError, ValueError):
     """A combination that cannot be run, such as more annotations than the design can give."""
 
 
-class MissingExtra(RmsweepError, ImportError):
-    """An optional dependency is not installed; the message carries the exact pip command."""
-
-
 class StoreError(RmsweepError, OSError):
     """The store cannot be written or read."""
 
@@ -36,11 +32,6 @@ class StoreError(RmsweepError, OSError):
 
 class Diverged(RmsweepError, ArithmeticError):
     """Training produced NaN or infinity: a result with null metrics, not a failure."""
-
-
-def missing_extra(package: str, extra: str) -> MissingExtra:
-    """The error for an optional dependency that is absent."""
-    return MissingExtra(f"{package} is not installed. Fix: pip install 'rmsweep[{extra}]'")
 
 
 def unknown(what: str, name: object, valid: Iterable[object]) -> ConfigError:

@@ -29,6 +29,8 @@ def enough_for(pairs_per_prompt: int) -> int:
     return k
 
 
-def golden_order(split: Split) -> Ints:
-    """Response indices of each prompt from worst to best golden reward [P, N], padding last."""
-    return np.argsort(split.golden, axis=1, kind="stable")  # NaN sorts last
+def at_ranks(split: Split, rank: Ints, size: Ints) -> Ints:
+    """Response indices [P, k] at golden ranks [P, k] (0: worst); -1 from place `size` [P, 1] on."""
+    order = np.argsort(split.golden, axis=1, kind="stable")  # NaN sorts last
+    picked = np.take_along_axis(order, np.clip(rank, 0, split.n_responses - 1), axis=1)
+    return np.where(np.arange(rank.shape[1]) < size, picked, -1)

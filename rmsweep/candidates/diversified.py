@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from rmsweep.bank import Ints, Split
-from rmsweep.candidates import enough_for, golden_order
+from rmsweep.candidates import at_ranks, enough_for
 from rmsweep.component import component
 
 
@@ -32,6 +32,4 @@ class Diversified:
         size = self.size(split.count, pairs_per_prompt)[:, None]
         place = np.arange(size.max())
         low = place < (size + 1) // 2
-        rank = np.where(low, place, np.maximum(split.count[:, None] - size + place, 0))
-        rank = np.minimum(rank, split.n_responses - 1)
-        return np.where(place < size, np.take_along_axis(golden_order(split), rank, axis=1), -1)
+        return at_ranks(split, np.where(low, place, split.count[:, None] - size + place), size)

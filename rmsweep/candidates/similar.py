@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from rmsweep.bank import Ints, Split
-from rmsweep.candidates import enough_for, golden_order
+from rmsweep.candidates import at_ranks, enough_for
 from rmsweep.component import component
 
 
@@ -31,6 +31,4 @@ class Similar:
     def pick(self, split: Split, pairs_per_prompt: int, rng: np.random.Generator) -> Ints:
         """Response indices [P, k], -1 where a prompt has fewer; no chance involved."""
         size = self.size(split.count, pairs_per_prompt)[:, None]
-        place = np.arange(size.max())
-        rank = np.minimum((split.count[:, None] - size) // 2 + place, split.n_responses - 1)
-        return np.where(place < size, np.take_along_axis(golden_order(split), rank, axis=1), -1)
+        return at_ranks(split, (split.count[:, None] - size) // 2 + np.arange(size.max()), size)

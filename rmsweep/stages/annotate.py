@@ -11,7 +11,7 @@ from scipy.optimize import brentq
 from rmsweep import component
 from rmsweep.annotators import Annotator
 from rmsweep.bank import Bank, Split
-from rmsweep.cell import DEFAULT_ANNOTATIONS, CellSpec, too_many_annotations
+from rmsweep.cell import DEFAULT_ANNOTATIONS, CellSpec, available_annotations, too_many_annotations
 from rmsweep.datasets import BankShape, RewardScale
 from rmsweep.errors import DataError, DesignError
 from rmsweep.preferences import Comparisons, Preferences
@@ -45,7 +45,7 @@ def n_annotations(spec: CellSpec, split: Split) -> int:
     shape = BankShape(split.count, split.count[:0], has_texts=False)
     if problem := too_many_annotations(spec, shape):
         raise DesignError(problem)
-    available = spec.pairing.capacity(spec.candidates.size(split.count, spec.values.pairs_per_prompt))
+    available = available_annotations(spec, shape)
     visits = spec.values.pairs_per_prompt * split.n_prompts
     return spec.values.n_annotations or min(DEFAULT_ANNOTATIONS, available, visits)
 
