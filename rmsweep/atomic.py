@@ -1,7 +1,7 @@
 """The protocol for single files and folders: a reader sees the whole of it or nothing, even after a power cut.
 
 A temporary file beside the target, write, fsync, publish, fsync the folder. `publish` never replaces what is there;
-`replace` does, for tables that are pure functions of what is. No locks, no clock, no mtime.
+`replace` and `replacing` do, for tables that are pure functions of what is. No locks, no clock, no mtime.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from rmsweep.errors import StoreError
 
 NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -54,6 +56,23 @@ def replace(path: Path, data: bytes) -> None:
     with _temporary(path, data) as temporary, disk_errors(path):
         os.replace(temporary, path)
     fsync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when the block ends without an error; raises StoreError."""
+    temporary = path.parent / temporary_name()
+    try:
+        with disk_errors(path):
+            with open(os.open(temporary, NEW_FILE, 0o666), "wb") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        fsync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
 
 
 def read(path: Path) -> bytes:
@@ -145,8 +164,7 @@ def _temporary(path: Path, data: bytes) -> Iterator[Path]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o666)
+    descriptor = os.open(path, NEW_FILE, 0o666)
     try:
         rest = memoryview(data)
         while rest:

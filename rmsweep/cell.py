@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from rmsweep.annotators import Annotator
 from rmsweep.candidates import Candidates
 from rmsweep.datasets import BankShape, Dataset
 from rmsweep.errors import ConfigError, unknown
-from rmsweep.fingerprint import digest
+from rmsweep.fingerprint import canonical_json, digest, digest_of_parts
 from rmsweep.pairings import Pairing
 from rmsweep.protocols import FitProtocol
 from rmsweep.reward_models import Compute, RewardModel
@@ -25,6 +26,7 @@ GROUPS = (
     "base_llm", "dataset", "embedder", "candidates", "pairing", "annotator", "reward_model", "protocol",
 )  # fmt: skip
 DEFAULT_ANNOTATIONS = 10_000
+Once = Callable[[str, Callable[[], str]], str]
 
 
 @dataclass(frozen=True)
@@ -128,18 +130,32 @@ def bank_id(spec: CellSpec, inputs: Mapping[str, str]) -> str:
     return digest({"bank": bank_config(spec, inputs), "version": STAGES["generate"]})
 
 
-def cell_id(spec: CellSpec, inputs: Mapping[str, str]) -> str:
-    """Hash of everything in the config that can affect the cell's numbers, and of its inputs."""
-    parts = ("candidates", "pairing", "annotator", "reward_model", "protocol")
-    identity: dict[str, Any] = {name: component.identity(getattr(spec, name)) for name in parts}
-    identity["bank"] = bank_config(spec, inputs)
-    identity["dataset"] = component.identity(spec.dataset)
-    identity["evaluate"] = component.changed(spec.evaluate)
-    identity["values"] = component.changed(spec.values)
+def cell_id(spec: CellSpec, inputs: Mapping[str, str], once: Once | None = None) -> str:
+    """Hash of everything in the config that can affect the cell's numbers, and of its inputs.
+
+    once(name, make): the text of one part; a planner makes parts that cells share once. The hash is the digest of the
+    whole identity as one mapping, whoever makes its parts.
+    """
+    once = once or (lambda name, make: make())
+    names = ("candidates", "pairing", "annotator", "reward_model", "protocol", "dataset")
+    makes: dict[str, Callable[[], Any]] = {n: functools.partial(component.identity, getattr(spec, n)) for n in names}
+    makes["bank"] = functools.partial(bank_config, spec, inputs)
+    makes["evaluate"] = functools.partial(component.changed, spec.evaluate)
+    makes["values"] = functools.partial(_changed_values, spec)
     if spec.error_rate.value is not None:
-        identity["error_rate"] = component.changed(spec.error_rate)
-        identity["values"].pop("beta", None)
-    return digest(identity)
+        makes["error_rate"] = functools.partial(component.changed, spec.error_rate)
+    return digest_of_parts({name: once(name, functools.partial(_text, make)) for name, make in makes.items()})
+
+
+def _text(make: Callable[[], Any]) -> str:
+    return canonical_json(make())
+
+
+def _changed_values(spec: CellSpec) -> dict[str, Any]:
+    values = component.changed(spec.values)
+    if spec.error_rate.value is not None:
+        values.pop("beta", None)
+    return values
 
 
 def fingerprint(cell: str, compute: Compute) -> str:

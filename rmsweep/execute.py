@@ -26,6 +26,7 @@ from rmsweep.cell import PlannedCell
 from rmsweep.engines.local import Event, Local, Task
 from rmsweep.errors import ConfigError, DataError, StoreError
 from rmsweep.fingerprint import file_sha256
+from rmsweep.parts import again
 from rmsweep.plan import Plan, sweep_folder
 from rmsweep.runner import BankTask, CellTask, Job, Reply, UnitTask
 from rmsweep.store import Store
@@ -93,8 +94,7 @@ def run(
 def _finish(root: Path, plan: Plan, store: Store, schedule: Schedule, stopped: int | None) -> Summary:
     """Assemble and write the tables of the whole sweep: this plan and what stood under its name."""
     folder = sweep_folder(root, plan.name)
-    tables = results.assemble(type(plan).read(folder).cells, store)
-    path = results.write(folder, tables)
+    tables = results.current(folder, store) or assembled(folder, store)
     notes = [*schedule.notes, *store.corrupt]
     if tables.n_missing:
         notes.append(f"{tables.n_missing:,} cells of sweep {plan.name} have no result yet")
@@ -105,7 +105,19 @@ def _finish(root: Path, plan: Plan, store: Store, schedule: Schedule, stopped: i
         )
     for note in notes:
         print(f"rmsweep: {note}", file=sys.stderr)
-    return Summary(plan.name, tables.counts, schedule.n_computed, tables.n_missing, path, stopped, tuple(notes))
+    return Summary(
+        plan.name, tables.counts, schedule.n_computed, tables.n_missing, tables.results, stopped, tuple(notes)
+    )
+
+
+def assembled(folder: Path, store: Store) -> results.Tables:
+    """The tables of the plan in `folder`, made anew; many small parts are merged first."""
+    cells = Plan.read(folder).cells
+    store.merge(cell.fingerprint for cell in cells if cell.reason is None)
+    sealed = again(lambda: results.seal(folder, store))
+    tables = results.assemble(cells, store, folder)
+    results.write_seal(folder, tables, sealed)
+    return tables
 
 
 def _pending(cells: Sequence[PlannedCell], store: Store, retry: frozenset[str], keep: str) -> list[PlannedCell]:
@@ -190,9 +202,7 @@ class Schedule:
         return CellTask(cell.cell_id, cell.fingerprint, cell.labels, cell.config, attempt)
 
     def _earlier_attempts(self, fingerprints: Sequence[str]) -> Counter[str]:
-        costs = self.store.costs(fingerprints)
-        pairs = zip(costs["fingerprint"].to_pylist(), costs["attempt"].to_pylist(), strict=True)
-        return Counter({key: attempt or 0 for key, attempt in pairs})
+        return Counter(self.store.attempts(fingerprints))
 
     # -- events in -----------------------------------------------------------------------------------------
 
@@ -238,7 +248,7 @@ class Schedule:
         self.notes += reply.notes
         if reply.end == "fatal":
             raise StoreError(reply.error or "the store cannot be written")
-        if reply.end == "bad_plugin":
+        if reply.end == "refused":
             raise ConfigError(reply.error)
         if isinstance(item, str):
             for unit in self._built(item):
@@ -302,8 +312,7 @@ class Schedule:
         """Cells without a record of this run."""
         cells = list(cells)
         keys = [cell.fingerprint for cell in cells]
-        records, costs = self.store.done(keys), self.store.costs(keys)
-        attempts = dict(zip(costs["fingerprint"].to_pylist(), costs["attempt"].to_pylist(), strict=True))
+        records, attempts = self.store.done(keys), self.store.attempts(keys)
         stale = {k for k in self._retried if attempts.get(k, 0) <= self._attempts[k]}
         return [cell for cell in cells if cell.fingerprint not in records or cell.fingerprint in stale]
 

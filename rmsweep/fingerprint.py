@@ -39,6 +39,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:DIGITS]
 
 
+def digest_of_parts(parts: Mapping[str, str]) -> str:
+    """digest() of a mapping of which every value is given as its canonical JSON text."""
+    text = ",".join(f"{json.dumps(name)}:{parts[name]}" for name in sorted(parts))
+    return hashlib.sha256(f"{{{text}}}".encode()).hexdigest()[:DIGITS]
+
+
 def file_sha256(path: Path) -> str:
     """Full sha256 of a file's bytes, read in blocks."""
     state = hashlib.sha256()

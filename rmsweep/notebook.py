@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rmsweep import component
+from rmsweep import component, hardware
 from rmsweep.bank import Bank, Split
 from rmsweep.cell import GROUPS, CellSpec, build_cell
 from rmsweep.errors import ConfigError
@@ -72,22 +72,26 @@ def fit(
     protocol: str | dict[str, Any] = "clean",
     seed: int = 0,
     device: str = "cpu",
+    precision: str = "fp32",
     **fields: Any,
 ) -> FittedModel:
     """Train a reward model on preferences.
 
     reward_model: an option of conf/reward_model or a node with `kind`; `fields` change its fields (hidden=[64, 32]).
-    objective: your own loss function(reward_a, reward_b, preference) -> loss [C] in place of the model's.
+    objective: your own loss function(reward_a, reward_b, preference) -> loss [C] in place of the model's. device: cpu
+    or cuda. precision: fp32 or bf16, where the device multiplies that in hardware.
     """
     from rmsweep.stages.train import train
 
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"device={device!r}: allowed are cpu and cuda")
+    if device not in ("cpu", "cuda") or precision not in ("fp32", "bf16"):
+        raise ConfigError(f"device={device!r}, precision={precision!r}: allowed are cpu and cuda, fp32 and bf16")
+    if trouble := hardware.problem(device, precision):
+        raise ConfigError(trouble)
     node = {**_node("reward_model", reward_model), **fields}
     if objective is not None:
         node["objective"] = _register("notebook_objective", objective)
     spec = _spec(reward_model=node, protocol=protocol, seed=seed)
-    return train(spec, bank, preferences, streams(seed), Compute(device=device), {})
+    return train(spec, bank, preferences, streams(seed), Compute(device, precision), {})
 
 
 def score(model: FittedModel, embedding: ArrayLike | Split) -> NDArray[np.float32]:

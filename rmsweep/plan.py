@@ -40,11 +40,21 @@ CONFIG_KEYS = (*GROUPS, "size", *VALUES, "error_rate", "evaluate")
 NO_BANK = BankShape(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), False)
 
 
+class BankSize(NamedTuple):
+    """P training prompts, responses of both splits, at most M to a test prompt, D (0 where only the data tell)."""
+
+    P: int
+    train_rows: int
+    test_rows: int
+    M: int
+    D: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """A sweep, resolved: its name, every cell in grid order, and what was resolved once for all of them.
 
-    bank_bytes: bank_id -> estimated size of the bank on disk. kept_bytes: what `keep`
+    bank_bytes: bank_id -> estimated size of the bank on disk; bank_sizes: its shape. kept_bytes: what `keep`
     adds. unknown: why identities are missing (the data are not here), None when they are known.
     """
 
@@ -54,6 +64,7 @@ class Plan:
     keep: str = "none"
     plugins: tuple[str, ...] = ()
     bank_bytes: Mapping[str, int] = field(default_factory=dict, compare=False)
+    bank_sizes: Mapping[str, BankSize] = field(default_factory=dict, compare=False)
     kept_bytes: int = field(default=0, compare=False)
     unknown: str | None = field(default=None, compare=False)
 
@@ -62,35 +73,45 @@ class Plan:
 
         Raises ConfigError when that plan is pinned to another device or precision, or to other plug-ins.
         """
-        merged = _union(Plan.read(folder), self, folder) if (folder / "plan.json").exists() else self
-        header = {
-            "format": FORMAT,
-            "name": merged.name,
-            "compute": merged.compute._asdict(),
-            "keep": merged.keep,
-            "plugins": {str(path): file_sha256(Path(path)) for path in merged.plugins},
-        }
+        header, table = self._header(), _table(self.cells)
+        if (folder / "plan.json").exists():
+            if read_header(folder) == header and _read_table(folder).equals(table):
+                return  # the same command again
+            merged = _union(Plan.read(folder), self, folder)
+            header, table = merged._header(), _table(merged.cells)
         sink = pa.BufferOutputStream()
-        pq.write_table(_table(merged.cells), sink, compression="zstd", compression_level=9, write_page_checksum=True)
+        pq.write_table(table, sink, compression="zstd", compression_level=9, write_page_checksum=True)
         atomic.probe(folder)
         atomic.replace(folder / "plan.parquet", sink.getvalue().to_pybytes())
         atomic.replace(folder / "plan.json", (json.dumps(header, indent=1, sort_keys=True) + "\n").encode())
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "compute": self.compute._asdict(),
+            "keep": self.keep,
+            "plugins": {str(path): file_sha256(Path(path)) for path in self.plugins},
+        }
 
     @staticmethod
     def read(folder: Path) -> Plan:
         """The plan in `folder`; raises StoreError when there is none or it cannot be read."""
         header = read_header(folder)
-        try:
-            table = pq.read_table(folder / "plan.parquet", page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{folder / 'plan.parquet'}: cannot be read ({error})") from None
         return Plan(
             name=header["name"],
-            cells=_cells(table),
+            cells=_cells(_read_table(folder)),
             compute=Compute(**header["compute"]),
             keep=header["keep"],
             plugins=tuple(header["plugins"]),
         )
+
+
+def _read_table(folder: Path) -> pa.Table:
+    try:
+        return pq.read_table(folder / "plan.parquet", page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{folder / 'plan.parquet'}: cannot be read ({error})") from None
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -136,6 +157,7 @@ def make(
         keep=keep,
         plugins=tuple(str(p) for p in plugins),
         bank_bytes=planner.bank_bytes,
+        bank_sizes=planner.bank_sizes,
         kept_bytes=planner.kept_bytes,
         unknown=planner.unknown,
     )
@@ -170,6 +192,7 @@ class _Planner:
         self.compute, self.need_data, self.keep = compute, need_data, keep
         self.errors: dict[int, ConfigError] = {}  # position in the grid -> why the config is not sound
         self.bank_bytes: dict[str, int] = {}
+        self.bank_sizes: dict[str, BankSize] = {}
         self.kept_bytes = 0
         self.unknown: str | None = None
         self._position = -1
@@ -208,9 +231,10 @@ class _Planner:
         )  # fmt: skip
         bank = self._once(("bank", source_key), lambda: bank_id(spec, inputs))
         if reason is None:
-            self.bank_bytes.setdefault(bank, bank_bytes(spec, shape))
+            if bank not in self.bank_bytes:
+                self.bank_bytes[bank], self.bank_sizes[bank] = bank_bytes(spec, shape), bank_size(spec, shape)
             self.kept_bytes += kept_bytes(spec, shape, self.keep)
-        cell = cell_id(spec, inputs)
+        cell = cell_id(spec, inputs, lambda name, make: self._once(("text", name, *_text_key(point, name)), make))
         return PlannedCell(cell, fingerprint(cell, self.compute), bank, labels, point.config, reason)
 
     def _spec(self, point: GridCell) -> CellSpec:
@@ -255,6 +279,15 @@ class _Planner:
 
 def _key(point: GridCell, *names: str) -> tuple[Any, ...]:
     return tuple(point.parts[name] for name in names)
+
+
+def _text_key(point: GridCell, name: str) -> tuple[Any, ...]:
+    """What decides the text of one part of a cell's identity."""
+    if name == "bank":
+        return _key(point, "dataset", "base_llm", "embedder", "size")
+    if name == "reward_model":
+        return _key(point, "reward_model", "dataset", "size")  # the size of a simulated bank fills its null fields
+    return _key(point, "values", "error_rate") if name in ("values", "error_rate") else _key(point, name)
 
 
 def _labels(point: GridCell, spec: CellSpec | None) -> dict[str, Any]:
@@ -320,7 +353,18 @@ def _unique(cells: Iterable[PlannedCell]) -> list[PlannedCell]:
     return list({(c.cell_id, canonical_json(c.labels)): c for c in cells}.values())
 
 
-# -- disk --------------------------------------------------------------------------------------------------
+# -- sizes -------------------------------------------------------------------------------------------------
+
+
+def bank_size(spec: CellSpec, shape: BankShape) -> BankSize:
+    """The numbers that decide what a cell on a bank of this shape costs."""
+    train, test = shape.count_train, shape.count_test
+    return BankSize(len(train), int(train.sum()), int(test.sum()), int(test.max(initial=1)), _dim(spec))
+
+
+def _dim(spec: CellSpec) -> int:
+    """D of the bank to be made; 0 where only its data tell."""
+    return spec.size.D if spec.dataset.uses_size else int(getattr(spec.embedder, "dim", 0) or 0)
 
 
 def bank_bytes(spec: CellSpec, shape: BankShape) -> int:
@@ -328,7 +372,7 @@ def bank_bytes(spec: CellSpec, shape: BankShape) -> int:
     responses = int(shape.count_train.sum()) + int(shape.count_test.sum())
     if spec.dataset.uses_size:
         return responses * (2 * spec.size.D + 8)
-    return responses * 4 * (int(getattr(spec.embedder, "dim", 0) or 0) + 1)
+    return responses * 4 * (_dim(spec) + 1)
 
 
 def kept_bytes(spec: CellSpec, shape: BankShape, keep: str) -> int:
@@ -337,11 +381,7 @@ def kept_bytes(spec: CellSpec, shape: BankShape, keep: str) -> int:
         return int(shape.count_test.sum()) * 4
     hidden = getattr(spec.reward_model, "hidden", None)
     if keep == "models" and hidden:
-        dims = [
-            spec.size.D if spec.dataset.uses_size else int(getattr(spec.embedder, "dim", 0) or 0),
-            *hidden,
-            1,
-        ]
+        dims = [_dim(spec), *hidden, 1]
         return 4 * sum((a + 1) * b for a, b in itertools.pairwise(dims))
     return 0
 

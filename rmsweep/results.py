@@ -6,10 +6,13 @@ crashes in between. What differs between runs (times, hosts, attempts) is in cos
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,73 +21,158 @@ import pyarrow.parquet as pq
 from rmsweep import atomic
 from rmsweep.cell import PlannedCell
 from rmsweep.errors import ConfigError, StoreError
-from rmsweep.fingerprint import canonical_json
+from rmsweep.fingerprint import canonical_json, digest
+from rmsweep.parts import Gone, Row, again
 from rmsweep.plan import sweep_folder
-from rmsweep.schemas import AXES, COSTS, METRICS, SCHEMA_VERSION, STATUS, Column
-from rmsweep.store import Store, parquet
+from rmsweep.schemas import AXES, COSTS, METRICS, SCHEMA_VERSION, STATUS, Column, arrow
+from rmsweep.store import Store
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TABLES = ("results", "prompts", "costs")
 LAST = ".last"
+SEAL = "tables.json"
 PROMPTS = (
     Column("cell_id", pa.string(), "joins results.parquet"),
     Column("golden_picked", pa.list_(pa.float32()), "golden reward of the pick for each test prompt, in bank order"),
 )
+PROMPT_NAMES = [column.name for column in PROMPTS]
+STATUS_FIELDS, METRIC_FIELDS = list(arrow(STATUS)), list(arrow(METRICS))
 MEASURED = ("beta", "n_annotations")  # the record's value goes before the label's
 
 
+ROW_GROUP = 1024  # rows in memory at once
+
+
 class Tables(NamedTuple):
-    """The three tables, and how many of the plan's cells have no row yet."""
+    """What was written: path of results.parquet, its rows by status, and how many planned cells have no row yet."""
 
-    results: pa.Table
-    prompts: pa.Table
-    costs: pa.Table
+    results: Path
+    counts: dict[str, int]
     n_missing: int
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Rows of results by status."""
-        found = Counter(self.results["status"].to_pylist())
-        return {status: found[status] for status in ("done", "failed", "diverged", "skipped")}
 
 
 # -- making the tables -------------------------------------------------------------------------------------
 
 
-def assemble(cells: Sequence[PlannedCell], store: Store) -> Tables:
-    """The tables of planned cells: one row per cell that was skipped by the plan or has a record."""
-    wanted = [cell.fingerprint for cell in cells if cell.reason is None]
-    records = store.records(wanted)
-    row_of = {key: row for row, key in enumerate(records["fingerprint"].to_pylist())}
-    rows = sorted((c for c in cells if c.reason is not None or c.fingerprint in row_of), key=_order)
-    index = [None if cell.reason is not None else row_of[cell.fingerprint] for cell in rows]
-    results = _results(rows, records.drop_columns(["golden_picked"]).take(pa.array(index, pa.int64())))
-    ids = dict(zip(records["cell_id"].to_pylist(), range(len(row_of)), strict=True))
-    prompts = records.select(["cell_id", "golden_picked"]).take(pa.array([ids[i] for i in sorted(ids)], pa.int64()))
-    prompts = prompts.filter(pc.is_valid(prompts["golden_picked"]))
-    costs = store.costs(wanted).sort_by("cell_id")
-    return Tables(results, prompts, costs, len(cells) - len(rows))
+def assemble(cells: Sequence[PlannedCell], store: Store, folder: Path) -> Tables:
+    """Write the tables of planned cells into a sweep's folder, each in place of the one before.
+
+    results.parquet: one row per cell that was skipped by the plan or has a record; prompts.parquet: its golden_picked,
+    and costs.parquet in the same order. Only labels and places of the rows are in memory for all cells, the
+    rows themselves for ROW_GROUP cells at a time.
+    """
+    return cast(Tables, again(lambda: _assemble(cells, store, folder)))
 
 
-def write(folder: Path, tables: Tables) -> Path:
-    """Write the tables into a sweep's folder, each in place of the one before; path of results.parquet."""
-    for name in reversed(TABLES):  # results last: who sees it finds the others
-        table = getattr(tables, name).replace_schema_metadata({"rmsweep.schema_version": str(SCHEMA_VERSION)})
-        atomic.replace(folder / f"{name}.parquet", parquet(table))
-    return folder / "results.parquet"
+def current(folder: Path, store: Store) -> Tables | None:
+    """What `assemble` left in a sweep's folder, if it would write the same again; None where it must write.
+
+    That is so when plan, chosen rows and the bytes of the three tables are those that tables.json was written for.
+    """
+    try:
+        known = json.loads(atomic.read(folder / SEAL))
+        same = known["seal"] == seal(folder, store) and known["files"] == _digests(folder)
+        return Tables(folder / "results.parquet", known["counts"], known["n_missing"]) if same else None
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, Gone):
+        return None
 
 
-def _results(cells: Sequence[PlannedCell], records: pa.Table) -> pa.Table:
-    """Label columns beside the records' columns, row by row; a null record is a cell that the plan skips."""
-    labels = _label_columns(cells)
-    for name in MEASURED:
-        labels[name] = pc.coalesce(records[name].combine_chunks(), labels[name])
+def seal(folder: Path, store: Store) -> str:
+    """Digest of all that the tables are made from: plan, and which rows of which parts; taken before they are made.
+
+    So what changes while they are made shows. Raises Gone.
+    """
+    plan = pq.read_table(folder / "plan.parquet", columns=["fingerprint", "reason"], page_checksum_verification=True)
+    reasons = plan["reason"].to_pylist()
+    wanted = {key for key, reason in zip(plan["fingerprint"].to_pylist(), reasons, strict=True) if reason is None}
+    rows = [sorted(parts.choose(wanted).items()) for parts in (store.record_parts, store.cost_parts)]
+    return digest([SCHEMA_VERSION, ROW_GROUP, atomic.sha256(folder / "plan.parquet"), repr(rows)])
+
+
+def _digests(folder: Path) -> dict[str, list[Any]]:
+    """Size and sha256 of the three tables."""
+    return {name: list(atomic.sha256(folder / f"{name}.parquet")) for name in TABLES}
+
+
+def _assemble(cells: Sequence[PlannedCell], store: Store, folder: Path) -> Tables:
+    wanted = {cell.fingerprint for cell in cells if cell.reason is None}
+    place, states = store.record_parts.choose(wanted), store.states(wanted)
+    ordered = sorted(cells, key=_order)
+    rows = [cell for cell in ordered if cell.reason is not None or cell.fingerprint in place]
+    _write_costs(ordered, store, folder / "costs.parquet")
+    _write_results(rows, store, place, folder)
+    found = Counter("skipped" if c.reason is not None else states[c.fingerprint].status for c in rows)
+    counts = {status: found[status] for status in ("done", "failed", "diverged", "skipped")}
+    return Tables(folder / "results.parquet", counts, len(cells) - len(rows))
+
+
+def write_seal(folder: Path, tables: Tables, sealed: str) -> None:
+    """Write tables.json: what the tables were made from, and their checksums; `current` reads it."""
+    state = {"seal": sealed, "files": _digests(folder), "counts": tables.counts, "n_missing": tables.n_missing}
+    atomic.replace(folder / SEAL, (json.dumps(state, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _write_results(rows: Sequence[PlannedCell], store: Store, place: Mapping[str, Row], folder: Path) -> None:
+    """results.parquet and prompts.parquet side by side; results last: who sees it finds the others."""
+    labels, seen = _label_columns(rows), set[str]()
+    schema = pa.schema(
+        [STATUS_FIELDS[0], *((k, v.type) for k, v in labels.items()), *STATUS_FIELDS[1:], *METRIC_FIELDS]
+    )
+    with (
+        _table_file(folder / "results.parquet", schema) as results,
+        _table_file(folder / "prompts.parquet", arrow(PROMPTS)) as prompts,
+    ):
+        for start in range(0, len(rows), ROW_GROUP):
+            part = rows[start : start + ROW_GROUP]
+            records = store.record_parts.take([place[c.fingerprint] for c in part if c.reason is None])
+            here = {name: column.slice(start, len(part)) for name, column in labels.items()}
+            results.write_table(_results(part, here, records).cast(schema))
+            done = records.filter(pc.is_valid(records["golden_picked"]))
+            prompts.write_table(done.select(PROMPT_NAMES).filter(_first(done["cell_id"], seen)))
+
+
+def _first(keys: pa.ChunkedArray, seen: set[str]) -> pa.Array:
+    """Whether a key is met for the first time; `seen` remembers."""
+    mask = []
+    for key in keys.to_pylist():
+        mask.append(key not in seen)
+        seen.add(key)
+    return pa.array(mask, pa.bool_())
+
+
+def _write_costs(ordered: Iterable[PlannedCell], store: Store, path: Path) -> None:
+    """costs.parquet: the last attempt of every cell, in the order of results.parquet."""
+    place = store.cost_parts.choose({cell.fingerprint for cell in ordered if cell.reason is None})
+    rows = [place[key] for key in dict.fromkeys(cell.fingerprint for cell in ordered) if key in place]
+    with _table_file(path, arrow(COSTS)) as file:
+        for start in range(0, len(rows), ROW_GROUP):
+            file.write_table(store.cost_parts.take(rows[start : start + ROW_GROUP]))
+
+
+@contextlib.contextmanager
+def _table_file(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A Parquet file that takes the place of `path` when the block ends without an error; pages have checksums."""
+    schema = schema.with_metadata({"rmsweep.schema_version": str(SCHEMA_VERSION)})
+    with (
+        atomic.replacing(path) as handle,
+        pq.ParquetWriter(handle, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        yield writer
+
+
+def _results(cells: Sequence[PlannedCell], labels: Mapping[str, pa.Array], records: pa.Table) -> pa.Table:
+    """Label columns beside the records' columns, row by row; cells that the plan skips have no record."""
+    count = itertools.count()
+    index = [None if cell.reason is not None else next(count) for cell in cells]
+    records = records.drop_columns(["golden_picked"]).combine_chunks().take(pa.array(index, pa.int64()))
+    measured = {name: pc.coalesce(records[name].combine_chunks(), labels[name]) for name in MEASURED}
     reasons = pa.array([cell.reason for cell in cells], pa.string())
     columns = {
         "cell_id": pa.array([cell.cell_id for cell in cells], pa.string()),
         **labels,
+        **measured,
         "status": pc.fill_null(records["status"], "skipped"),
         "reason": pc.coalesce(records["reason"].combine_chunks(), reasons),
         **{column.name: records[column.name] for column in METRICS},

@@ -16,14 +16,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rmsweep import plugins
+from rmsweep import hardware, plugins
 from rmsweep.errors import ConfigError, DesignError, Diverged, StoreError
 from rmsweep.reward_models import Compute
 from rmsweep.schemas import RECORD
@@ -48,6 +48,12 @@ class Work(Protocol):
 
     def run(self, config: Mapping[str, Any], bank: Any, compute: Compute, cache: dict[Any, Any], keep: str) -> Any:
         """A cell's pipeline.Outcome."""
+        ...
+
+    def run_cells(
+        self, configs: Sequence[Mapping[str, Any]], bank: Any, compute: Compute, cache: dict[Any, Any], keep: str
+    ) -> Iterator[tuple[int, Callable[[], Any]]]:
+        """On a GPU: every cell's index with what computes its Outcome, to be called in this order."""
         ...
 
 
@@ -107,7 +113,7 @@ class UnitTask(NamedTuple):
 
 class Reply(NamedTuple):
     """How a task ended: ok; no_bank: the bank is absent or was corrupt; fatal: the store cannot be written;
-    bad_plugin. `notes`: corrupt artefacts that were found.
+    refused: this machine or a plug-in is not what the sweep is pinned to. `notes`: corrupt artefacts that were found.
     """
 
     end: str
@@ -136,6 +142,14 @@ class _Pipeline:
 
         return run_cell(build_cell(config), bank, compute, cache, keep)
 
+    def run_cells(
+        self, configs: Sequence[Mapping[str, Any]], bank: Any, compute: Compute, cache: dict[Any, Any], keep: str
+    ) -> Iterator[tuple[int, Callable[[], Any]]]:
+        from rmsweep.cell import build_cell
+        from rmsweep.pipeline import run_cells
+
+        return run_cells([build_cell(config) for config in configs], bank, compute, cache, keep)
+
 
 pipeline = _Pipeline()
 
@@ -150,15 +164,15 @@ def build_bank(task: BankTask, channel: Channel) -> Reply:
     store, work = _store(task.job.root), _load(task.job.work)
     log = Log(task.job.logs / f"bank-{task.bank_id}.log")
     try:
-        _load_plugins(task.job)
+        _check_job(task.job)
         start = time.perf_counter()
         with one_thread():
             store.build_bank(task.bank_id, lambda folder: work.build(task.config, folder))
         log.line(f"bank {task.bank_id} ready after {time.perf_counter() - start:.2f} s")
     except StoreError as error:
         return Reply("fatal", str(error), _notes(store))
-    except _BadPlugin as error:
-        return Reply("bad_plugin", str(error), _notes(store))
+    except _Refused as error:
+        return Reply("refused", str(error), _notes(store))
     except Exception:
         log.line(traceback.format_exc())
         raise
@@ -166,27 +180,27 @@ def build_bank(task: BankTask, channel: Channel) -> Reply:
 
 
 def run_unit(task: UnitTask, channel: Channel) -> Reply:
-    """Run a unit's cells one by one; a part is published at the end, when stopped, and at least every 60 s."""
+    """Run a unit's cells; a part is published at the end, when stopped, and at least every 60 s."""
     store = _store(task.job.root)
     log = Log(task.job.logs / f"{task.unit_id}.log")
     try:
-        _load_plugins(task.job)
+        _check_job(task.job)
         opened = _open_bank(task.job, task.bank_id)
         if opened is None:
             return Reply("no_bank", notes=_notes(store))
         log.line(f"unit {task.unit_id}: {len(task.cells)} cells on bank {task.bank_id}")
         with one_thread(), Part(store, task.unit_id, channel) as part:
-            for cell in task.cells:
+            for cell, run in _runs(task, opened):
                 channel.check()
                 channel.send(("start", cell.fingerprint))
-                finished = run_cell(task, cell, opened)
+                finished = run_cell(task, cell, run)
                 part.add(finished)
                 log.cell(cell, finished)
                 channel.send(("cell", cell.fingerprint, finished.record["status"], finished.cost["traceback"]))
     except StoreError as error:
         return Reply("fatal", str(error), _notes(store))
-    except _BadPlugin as error:
-        return Reply("bad_plugin", str(error), _notes(store))
+    except _Refused as error:
+        return Reply("refused", str(error), _notes(store))
     return Reply("ok", notes=_notes(store))
 
 
@@ -203,11 +217,22 @@ class _Opened(NamedTuple):
     cache: dict[Any, Any]
 
 
-def run_cell(task: UnitTask, cell: CellTask, opened: _Opened) -> Finished:
+def _runs(task: UnitTask, opened: _Opened) -> Iterator[tuple[CellTask, Callable[[], Any]]]:
+    """Every cell with what computes its outcome: one by one, or on a GPU in stacks that their first cell fits."""
+    job, work = task.job, _load(task.job.work)
+    if job.compute.device == "cpu":
+        for cell in task.cells:
+            yield cell, functools.partial(work.run, cell.config, opened.bank, job.compute, opened.cache, job.keep)
+        return
+    configs = [cell.config for cell in task.cells]
+    for i, run in work.run_cells(configs, opened.bank, job.compute, opened.cache, job.keep):
+        yield task.cells[i], run
+
+
+def run_cell(task: UnitTask, cell: CellTask, run: Callable[[], Any]) -> Finished:
     """Run one cell and say how it ended; only a signal or trouble with the store gets out of here."""
-    job = task.job
     try:
-        outcome = _load(job.work).run(cell.config, opened.bank, job.compute, opened.cache, job.keep)
+        outcome = run()
         metrics = {name: None if _is_nan(value) else value for name, value in outcome.metrics.items()}
         record = {**_record(cell, "done", None), **metrics}
         record["golden_picked"] = np.asarray(outcome.golden_picked, dtype=np.float32)
@@ -387,19 +412,21 @@ def _load(path: str) -> Any:
     return load(path)
 
 
-class _BadPlugin(Exception):
-    """A plug-in that cannot be used: no cell can be run."""
+class _Refused(Exception):
+    """What the sweep is pinned to, a plug-in or the hardware, is not here: no cell can be run."""
 
 
-def _load_plugins(job: Job) -> None:
-    """Import the plug-ins; refuse one that is no longer the file that the fingerprints were made from."""
+def _check_job(job: Job) -> None:
+    """Import the plug-ins; refuse one that is no longer the file of the fingerprints, and unfit hardware."""
+    if trouble := hardware.problem(*job.compute):
+        raise _Refused(f"{socket.gethostname()}: {trouble}; a sweep never mixes arithmetics")
     for path, sha in job.plugins.items():
         try:
             same = plugins.load(path) == sha
         except ConfigError as error:
-            raise _BadPlugin(str(error)) from error
+            raise _Refused(str(error)) from error
         if not same:
-            raise _BadPlugin(f"--plugin {path} has changed since this run began; start the run again")
+            raise _Refused(f"--plugin {path} has changed since this run began; start the run again")
 
 
 _LAST: dict[tuple[Path, str, str], _Opened] = {}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 F, I, S, LF, LI = pa.float64(), pa.int64(), pa.string(), pa.list_(pa.float64()), pa.list_(pa.int64())  # noqa: E741
 
 
@@ -63,7 +63,10 @@ METRICS = (
     Column("best_epoch", I, "epoch of the lowest validation loss, from 1"),
     Column("train_loss", F, "training loss of the model kept"),
     Column("validation_loss", F, "validation loss of the model kept"),
-    Column("l2", F, "regularisation strength chosen on held-out comparisons (linear models)"),
+    Column(
+        "l2", F, "regularisation strength (linear models), weight decay (MLPs); tuned on held-out comparisons or set"
+    ),
+    Column("learning_rate", F, "of the optimiser (MLPs); tuned on held-out comparisons under protocol=converged"),
 )
 
 STATUS = (
@@ -77,8 +80,8 @@ COSTS = (
     Column("fingerprint", S, "cell_id with stage versions, device class and precision"),
     Column("unit", S, "unit the cell ran in; its log is logs/<unit>.log"),
     Column("seconds_annotate", F, "wall time"),
-    Column("seconds_train", F, "wall time"),
-    Column("seconds_evaluate", F, "wall time"),
+    Column("seconds_train", F, "wall time; where a GPU fits cells together, their common time shared out evenly"),
+    Column("seconds_evaluate", F, "wall time, the scoring of cells fitted together likewise"),
     Column("peak_memory_mib", F, "peak resident memory of the worker so far"),
     Column("attempt", I, "1 for the first try"),
     Column("host", S, "machine name"),

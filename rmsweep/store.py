@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,15 +31,17 @@ from numpy.typing import NDArray
 
 from rmsweep import atomic
 from rmsweep.errors import StoreError
-from rmsweep.fingerprint import DIGITS, canonical_json
+from rmsweep.fingerprint import canonical_json, digest
+from rmsweep.parts import Files, Gone, Parts, sha
 from rmsweep.schemas import COSTS, RECORD, arrow
 
 KEY = re.compile(r"[0-9a-f]{16,64}")
-PART = re.compile(rf"([0-9a-f]{{16,64}})-([0-9a-f]{{{DIGITS}}})\.(parquet|safetensors)")
 FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MANIFEST = "manifest.json"
 RANK = {"done": 0, "diverged": 1, "skipped": 2, "failed": 3}  # which of several records of one cell counts
 COSTS_SCHEMA = arrow(COSTS)
+RECORD_SMALL, COSTS_SMALL = ("fingerprint", "status", "reason"), ("fingerprint", "attempt")
+MANY_SMALL, MERGE_BELOW, MERGE_TO = 64, 30, 60  # more than so many parts of fewer rows than that become parts of these
 
 
 class State(NamedTuple):
@@ -53,16 +55,22 @@ class Store:
     """The artefacts under `root`/store. Reading creates nothing.
 
     heal: move what fails its checksum to quarantine, so that it is computed again (runs); without it corrupt parts
-    are only passed over (plan, status). `corrupt` says what was found and what was done about it, `conflicts`
-    names cells of which two records differ (nondeterminism).
+    are only passed over (plan, status). `corrupt` says what was found and what was done about it.
     """
 
     def __init__(self, root: Path, *, heal: bool = False) -> None:
         self.folder = root / "store"
         self.heal = heal
         self.corrupt: list[str] = []
-        self.conflicts: set[str] = set()
+        self.record_parts = Parts(self.folder / "results", self._set_aside, RECORD, RECORD_SMALL, _record_order)
+        self.cost_parts = Parts(self.folder / "costs", self._set_aside, COSTS_SCHEMA, COSTS_SMALL, _cost_order)
+        self._kept = Files(self.folder / "kept", self._set_aside)
         self._verified: set[str] = set()
+
+    @property
+    def conflicts(self) -> set[str]:
+        """Cells of which two records were met that differ: something is not deterministic."""
+        return self.record_parts.conflicts
 
     def prepare(self) -> None:
         """Make the folders and prove that they can be written; StoreError naming the path otherwise."""
@@ -134,8 +142,8 @@ class Store:
                 os.unlink(path)
 
     def _part(self, kind: str, unit: str, data: bytes, suffix: str) -> Path:
-        path = self.folder / kind / f"{_key(unit)}-{_sha(data)}.{suffix}"
-        if path.exists() and _sha_of(path) != _sha(data):
+        path = self.folder / kind / f"{_key(unit)}-{sha(data)}.{suffix}"
+        if path.exists() and _sha_of(path) != sha(data):
             self._set_aside(path, "its bytes are not those of its name", force=True)
         atomic.publish(path, data)
         return path
@@ -159,13 +167,15 @@ class Store:
         """Names <fingerprint>/<array> of everything that was kept."""
         from safetensors.numpy import load
 
-        return {name for _, data in self._sound("kept", lambda path: True) for name in load(data)}
+        return {name for data in self._kept.sound(lambda path: True) for name in load(data)}
 
     def states(self, fingerprints: Iterable[str]) -> dict[str, State]:
-        """Fingerprint -> status and reason of the cells that have a record; reads those columns only."""
-        table = self.records(fingerprints, ["status", "reason"])
-        columns = [table[name].to_pylist() for name in ("fingerprint", "status", "reason")]
-        return {key: State(status, reason) for key, status, reason in zip(*columns, strict=True)}
+        """Fingerprint -> status and reason of the cells that have a record; holds those columns only."""
+        return {key: State(*found.small[1:]) for key, found in self.record_parts.find(set(fingerprints)).items()}
+
+    def attempts(self, fingerprints: Iterable[str]) -> dict[str, int]:
+        """Fingerprint -> number of the last attempt of the cells that have a cost row."""
+        return {key: found.small[1] or 0 for key, found in self.cost_parts.find(set(fingerprints)).items()}
 
     def records(self, fingerprints: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
         """One record per cell that has any, sorted by fingerprint: a pure function of the records in the parts.
@@ -173,87 +183,37 @@ class Store:
         Of several records of a cell done goes before diverged, skipped and failed, then the smaller reason, then the
         smaller digest of the record.
         """
-        names = RECORD.names if columns is None else list(dict.fromkeys(["fingerprint", "status", "reason", *columns]))
-        schema = pa.schema([RECORD.field(name) for name in names])
-        table = self._table("results", schema, set(fingerprints))
-        keys, statuses, reasons = (table[name].to_pylist() for name in ("fingerprint", "status", "reason"))
-        best: dict[str, tuple[Any, int]] = {}
-        for row, (key, status, reason) in enumerate(zip(keys, statuses, reasons, strict=True)):
-            order = (RANK.get(status, len(RANK)), reason or "")
-            if key not in best or order < best[key][0]:
-                best[key] = (order, row)
-            elif order == best[key][0]:
-                best[key] = (order, self._smaller(table, key, row, best[key][1]))
-        return table.take(pa.array([best[key][1] for key in sorted(best)], pa.int64()))
+        names = None if columns is None else list(dict.fromkeys(["fingerprint", "status", "reason", *columns]))
+        return self.record_parts.table(set(fingerprints), names)
 
     def costs(self, fingerprints: Iterable[str]) -> pa.Table:
         """The cost row of the last attempt of every cell that has any, sorted by fingerprint."""
-        table = self._table("costs", COSTS_SCHEMA, set(fingerprints))
-        keys, attempts = table["fingerprint"].to_pylist(), table["attempt"].to_pylist()
-        last: dict[str, int] = {}
-        for row, key in enumerate(keys):
-            if key not in last or (attempts[row], _row_digest(table, row)) > (
-                attempts[last[key]],
-                _row_digest(table, last[key]),
-            ):
-                last[key] = row
-        return table.take(pa.array([last[key] for key in sorted(last)], pa.int64()))
+        return self.cost_parts.table(set(fingerprints))
 
     def kept(self, fingerprint: str) -> dict[str, NDArray[Any]]:
         """Arrays that `keep` stored for a cell, by name; empty where there are none."""
         from safetensors.numpy import load
 
         prefix = f"{_key(fingerprint)}/"
-        for _, data in self._sound("kept", lambda path: _names_fingerprint(path, prefix)):
+        for data in self._kept.sound(lambda path: _names_fingerprint(path, prefix)):
             arrays = {name[len(prefix) :]: a for name, a in load(data).items() if name.startswith(prefix)}
             if arrays:
                 return arrays
         return {}
 
-    def _table(self, kind: str, schema: pa.Schema, wanted: Set[str]) -> pa.Table:
-        """The rows of all sound parts of a kind that concern the wanted fingerprints."""
-        tables = [schema.empty_table()]
-        for path, data in self._sound(kind, lambda path: _concerns(path, wanted)):
-            try:
-                file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
-                table = file.read(columns=schema.names).select(schema.names).cast(schema)
-            except (OSError, pa.ArrowException, ValueError, KeyError) as error:
-                self._set_aside(path, f"is no part of this version ({error})")
-                continue
-            mask = [key in wanted for key in table["fingerprint"].to_pylist()]
-            tables.append(table if all(mask) else table.filter(pa.array(mask)))
-        return pa.concat_tables(tables)
+    def merge(self, fingerprints: Iterable[str]) -> None:
+        """Merge the small parts of these cells where there are many, as after many kills; the old ones go last.
 
-    def _smaller(self, table: pa.Table, key: str, row: int, other: int) -> int:
-        """The row of the smaller digest; two records of one cell that differ are noted."""
-        digests = _row_digest(table, row), _row_digest(table, other)
-        if digests[0] != digests[1]:
-            self.conflicts.add(key)
-        return row if digests[0] < digests[1] else other
-
-    def _sound(self, kind: str, concerns: Callable[[Path], bool]) -> Iterator[tuple[Path, bytes]]:
-        """Parts of a kind with their verified bytes.
-
-        A part that goes away while we read was merged into one published before: list again until nothing is new.
+        So the number of files is bounded by cells / MERGE_TO, whatever happened on the way.
         """
-        seen: set[str] = set()
-        while fresh := sorted(set(_parts(self.folder / kind)) - seen):
-            seen |= set(fresh)
-            for name in fresh:
-                path = self.folder / kind / name
-                try:
-                    data = atomic.read(path) if concerns(path) else None
-                except FileNotFoundError:
-                    continue
-                except OSError as error:
-                    self._set_aside(path, f"cannot be read ({error.strerror})")
-                    continue
-                if data is None:
-                    continue
-                if _sha(data) != name.partition("-")[2].partition(".")[0]:
-                    self._set_aside(path, "its bytes are not those of its name")
-                    continue
-                yield path, data
+        wanted = set(fingerprints)
+        for kind, parts in (("costs", self.cost_parts), ("results", self.record_parts)):
+            small = parts.small_parts(wanted, MERGE_BELOW)
+            for group in _grouped(small, parts.n_rows) if len(small) > MANY_SMALL else []:
+                with contextlib.suppress(Gone):  # another driver was first
+                    data = parquet(parts.merged(group))
+                    new = self._part(kind, digest(group), data, "parquet")
+                    self.discard(path for name in group if (path := parts.folder / name) != new)
 
     def _set_aside(self, path: Path, problem: str, *, force: bool = False) -> None:
         """Note a corrupt artefact; where this store heals, move it to quarantine."""
@@ -314,19 +274,31 @@ def _manifest_digest(bank_id: str, files: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json({"bank_id": bank_id, "files": files}).encode()).hexdigest()
 
 
+def _record_order(status: str, reason: str | None) -> tuple[Any, ...]:
+    return (RANK.get(status, len(RANK)), reason or "")
+
+
+def _cost_order(attempt: int | None) -> tuple[Any, ...]:
+    return (-(attempt or 0),)
+
+
+def _grouped(parts: Iterable[str], n_rows: Callable[[str], int]) -> Iterator[list[str]]:
+    """Groups of parts with at least MERGE_TO rows together; a rest of one part is left out."""
+    group: list[str] = []
+    for part in parts:
+        group.append(part)
+        if sum(map(n_rows, group)) >= MERGE_TO:
+            yield group
+            group = []
+    if len(group) > 1:
+        yield group
+
+
 def _key(key: str) -> str:
     """`key` if it is one: names never become paths."""
     if not KEY.fullmatch(key):
         raise StoreError(f"{key!r} is no key of the store; allowed: 16 to 64 hex digits")
     return key
-
-
-def _parts(folder: Path) -> list[str]:
-    """Names of the parts in a folder; temporary and foreign files are none."""
-    try:
-        return [name for name in os.listdir(folder) if PART.fullmatch(name)]
-    except FileNotFoundError:
-        return []
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
@@ -356,17 +328,6 @@ def _safetensors(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     return save({name: np.ascontiguousarray(arrays[name]) for name in sorted(arrays)})
 
 
-def _concerns(path: Path, wanted: Set[str]) -> bool:
-    """Whether a part may hold a wanted cell: foreign sweeps' parts need not be read whole."""
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return not wanted.isdisjoint(file.read(columns=["fingerprint"])["fingerprint"].to_pylist())
-    except FileNotFoundError:
-        raise
-    except (OSError, pa.ArrowException, ValueError, KeyError):
-        return True  # the checksum will tell
-
-
 def _names_fingerprint(path: Path, prefix: str) -> bool:
     """Whether the header of a safetensors file (length as uint64, then JSON) names arrays of a cell."""
     with open(path, "rb") as handle:
@@ -374,16 +335,8 @@ def _names_fingerprint(path: Path, prefix: str) -> bool:
     return f'"{prefix}'.encode() in header
 
 
-def _row_digest(table: pa.Table, row: int) -> str:
-    return hashlib.sha256(repr(table.slice(row, 1).to_pylist()).encode()).hexdigest()
-
-
-def _sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:DIGITS]
-
-
 def _sha_of(path: Path) -> str:
     try:
-        return _sha(atomic.read(path))
+        return sha(atomic.read(path))
     except OSError:
         return ""

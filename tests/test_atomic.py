@@ -137,3 +137,18 @@ def test_numpy_short_write_is_disk_trouble():
     """numpy reports a full disk without an errno."""
     assert atomic.is_disk_trouble(OSError("1000 requested and 12 written"))
     assert not atomic.is_disk_trouble(FileNotFoundError(errno.ENOENT, "no such file"))
+
+
+def test_replacing_takes_the_place_at_the_end_only(tmp_path):
+    """Catches a half-written table under its name, and a temporary file left behind by an error."""
+    path = tmp_path / "a"
+    with atomic.replacing(path) as handle:
+        handle.write(b"one")
+        assert not path.exists()
+    assert path.read_bytes() == b"one"
+    with pytest.raises(ValueError, match="stop"), atomic.replacing(path) as handle:
+        handle.write(b"two")
+        raise ValueError("stop")
+    with pytest.raises(StoreError, match="No space"), atomic.replacing(path) as handle:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_bytes() == b"one" and entries(tmp_path) == ["a"]

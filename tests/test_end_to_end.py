@@ -103,9 +103,9 @@ def test_one_cell_is_one_row_however_it_was_asked_for(tmp_path):
     """A named sweep asked for again with a default spelled out: one row, the union of its labels."""
     words = ["run", "size=tiny", "reward_model=bt_linear", "sweep.name=u"]
     rmsweep(*words, root=tmp_path)
-    rmsweep(*words, "protocol.learning_rate=0.001", root=tmp_path)
+    rmsweep(*words, "protocol.learning_rate=0.0003", root=tmp_path)
     (row,) = pq.read_table(tmp_path / "sweeps" / "u" / "results.parquet").to_pylist()
-    assert row["protocol.learning_rate"] == 0.001
+    assert row["protocol.learning_rate"] == 0.0003
 
 
 def test_paper_sweeps_follow_the_dataset(tmp_path):

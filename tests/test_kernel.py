@@ -11,7 +11,7 @@ from conftest import make_spec, random_bank
 from rmsweep import cell, component
 from rmsweep.bank import Bank, NpyWriter, open_npy
 from rmsweep.errors import ConfigError, DataError, unknown
-from rmsweep.fingerprint import canonical_json, digest
+from rmsweep.fingerprint import canonical_json, digest, digest_of_parts
 from rmsweep.reward_models import Compute
 from rmsweep.rng import stream
 
@@ -197,3 +197,9 @@ def test_importing_rmsweep_loads_nothing_heavy():
     code = f"import sys, rmsweep, rmsweep.cell; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_a_digest_of_parts_is_that_of_the_whole():
+    """Catches identities that change with how they are put together: old results would be orphaned."""
+    whole = {"b": {"y": 1.0, "x": [1, "é", None]}, "a": "inf", "B": True, "ä": {}}
+    assert digest_of_parts({name: canonical_json(part) for name, part in whole.items()}) == digest(whole)

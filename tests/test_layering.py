@@ -7,16 +7,16 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "rmsweep"
 LAYERS = [  # a module may import from its own layer (see SIDEWAYS) and from those above it in this list
-    {"errors", "rng", "fingerprint", "size", "versions"},
+    {"errors", "rng", "fingerprint", "hardware", "size", "versions"},
     {"component", "bank", "schemas", "atomic", "plugins"},
-    {"preferences", "presets", "store"},
+    {"preferences", "presets", "parts", "store"},
     {"datasets", "candidates", "pairings", "annotators", "protocols", "objectives", "llms", "embedders", "metrics"},
     {"reward_models"},
     {"cell", "engines"},
     {"stages", "grid"},
     {"pipeline", "plan", "units"},
     {"runner", "results"},
-    {"status", "execute"},
+    {"status", "execute", "cost_model"},
     {"notebook"},
     {"cli"},
 ]
@@ -30,7 +30,7 @@ ONLY_IN = {
     "sklearn": {"reward_models", "embedders", "metrics"},
     "duckdb": {"results"},
     "pickle": set(),
-    "subprocess": {"cli"},
+    "subprocess": {"hardware"},
 }
 
 

@@ -9,6 +9,7 @@ from conftest import make_spec, random_bank
 from test_linear import FirstTrain, labelled
 
 from rmsweep.bank import Bank
+from rmsweep.errors import ConfigError
 from rmsweep.protocols import pointwise
 from rmsweep.reward_models import Compute, TrainingData, lgb
 from rmsweep.reward_models.lgb import LGB, BinnedBank
@@ -70,12 +71,28 @@ def test_numbers_do_not_depend_on_the_cells_before(bank, monkeypatch):
     alone = [m.fit(training(bank, p, 250)) for m, p in cells]
     cache: dict = {}
     in_unit = [m.fit(training(bank, p, 250, cache)) for m, p in cells]
-    assert cache["lgb", 255].pool is not None
+    key = ("lgb", *LGB()._dataset_params().items())
+    assert cache[key].pool is not None
     monkeypatch.setattr(lgb, "MAX_POOL_BYTES", 0)
     tight = [m.fit(training(bank, p, 250, cache)) for cache in ({},) for m, p in cells]
     for a, b, c in zip(alone, in_unit, tight, strict=True):
         texts = {m.booster.model_to_string() for m in (a, b, c)}
         assert len(texts) == 1
+
+
+def test_quantized_gradients_are_refused_where_lightgbm_aborts():
+    """LightGBM's `Check failed: best_split_info.right_count > 0` would fail the cell after minutes."""
+    with pytest.raises(ConfigError, match=r"feature_fraction=0\.5.*allowed with it: 1\.0"):
+        make_spec(reward_model="clf_lgb_fast", **{"reward_model.feature_fraction": 0.5})
+
+
+def test_the_fast_preset_learns_and_repeats(bank):
+    """Fewer bins and integer gradients: other bits than the default, equal bits on repeating, nearly the same order."""
+    preferences = labelled(bank, 400, np.random.default_rng(1))
+    fast = make_spec(reward_model="clf_lgb_fast").reward_model
+    scores = [m.fit(training(bank, preferences, 300)).score(bank.test).ravel() for m in (LGB(), fast, fast)]
+    np.testing.assert_array_equal(scores[1], scores[2])
+    assert not np.array_equal(scores[0], scores[1]) and np.corrcoef(scores[0], scores[1])[0, 1] > 0.8
 
 
 def test_the_whole_bank_is_binned_only_when_it_pays(bank):

@@ -1,5 +1,7 @@
 """The MLP and its training loop: initialisation, batches, stopping, restoring, divergence."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -87,7 +89,7 @@ class Scripted:
 def test_clean_restores_the_best_epoch(bank, monkeypatch):
     """Catches last weights kept, or weights aliased instead of copied."""
     Scripted(monkeypatch, [0.9, 0.5, 0.6, 0.7, 0.8, 0.1])
-    model = fit(bank)
+    model = fit(bank, **{"protocol.patience": 3})
     assert model.history["epochs"] == 5 and model.history["best_epoch"] == 2
     assert float(model.network[-1].bias.detach()) == 2.0 and model.history["validation_loss"] == 0.5
 
@@ -97,6 +99,61 @@ def test_released_keeps_the_last_epoch(bank, monkeypatch):
     Scripted(monkeypatch, [0.9, 0.5, 0.6, 0.7, 0.8, 0.1])
     model = fit(bank, protocol="released")
     assert model.history["epochs"] == 5 and float(model.network[-1].bias.detach()) == 5.0
+
+
+def test_collapsed_mirror_copies_are_the_same_loss(bank):
+    """A full batch of copies, or of weighted comparisons: same steps, losses and rewards but for rounding.
+
+    Catches weights that are not the number of copies, a mean over examples instead of copies, and a lost leak.
+    """
+    changes = {"protocol": "released", "protocol.max_epochs": 8}
+    published, collapsed = fit(bank, **changes), fit(bank, **changes, **{"protocol.collapse_mirror": True})
+    for name in ("n_train", "n_validation", "epochs", "best_epoch"):
+        assert published.history[name] == collapsed.history[name]
+    assert published.history["n_train"] + published.history["n_validation"] > 200  # copies stand on both sides
+    for name in ("train_loss", "validation_loss"):
+        assert collapsed.history[name] == pytest.approx(published.history[name], rel=1e-5)
+    scores = [model.score(bank.test) for model in (collapsed, published)]
+    a, b = (s - s.mean() for s in scores)  # the loss leaves the offset to rounding
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1000, 5000, 10_000, 20_000, 40_000])
+def test_collapsed_epochs_have_as_many_steps(n):
+    """At the papers' quantities: an epoch takes the published number of steps at 0.6 times the examples."""
+    released = make_spec(protocol="released").protocol
+    collapsed = make_spec(protocol="released", **{"protocol.collapse_mirror": True}).protocol
+    copies, comparisons = round(1.6 * n), round(0.96 * n)
+    steps = [-(-m // p.schedule(m, False).batch) for p, m in ((released, copies), (collapsed, comparisons))]
+    assert steps[0] == steps[1]
+    assert collapsed.schedule(copies, True) == released.schedule(copies, True)  # nothing to collapse in rows
+
+
+def test_trials_keep_the_smallest_validation_loss(bank, monkeypatch):
+    """Every trial starts from the same weights; a diverged one is passed over, all diverged raise."""
+    protocol = make_spec().protocol
+    schedule = protocol.schedule(100, False)
+    losses = {}
+    for trials in (((1e-6, 0.0),), ((1e-3, 0.0),), ((1e30, 0.0), (1e-6, 0.0), (1e-3, 0.0))):
+        tuned = dataclasses.replace(schedule, trials=trials)
+        monkeypatch.setattr(type(protocol), "schedule", lambda *_, tuned=tuned: tuned)
+        with np.errstate(all="ignore"):
+            model = fit(bank)
+        losses[trials] = model.history["validation_loss"]
+    slow, quick, best = losses.values()
+    assert best == min(slow, quick) and slow != quick
+    monkeypatch.setattr(type(protocol), "schedule", lambda *_: dataclasses.replace(schedule, trials=((1e30, 0.0),) * 2))
+    with pytest.raises(Diverged), np.errstate(all="ignore"):
+        fit(bank)
+
+
+def test_bf16_rewards_keep_their_last_digits():
+    """The last layer is in fp32: rewards rounded to bf16 would tie within a prompt."""
+    network = build_network((6, 16, 1), "relu", stream(0, "init"))
+    embedding = np.random.default_rng(0).standard_normal((3000, 6)).astype(np.float16)
+    rewards = training.score_rows(network, embedding, Compute("cpu", "bf16"))
+    assert rewards.dtype == torch.float32 and len(rewards.unique()) > 2900
+    assert (rewards.bfloat16().float() != rewards).float().mean() > 0.9
 
 
 def test_bf16_products_change_rewards_by_rounding_only(bank):

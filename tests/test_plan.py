@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import PRESETS
 
@@ -188,13 +189,24 @@ def test_plugins_are_pinned(tmp_path):
         make(sweep, PRESETS, plugins=[str(file)]).write(tmp_path / "s")
 
 
+def test_the_same_plan_again_writes_nothing(tmp_path):
+    """Catches a rewrite of the plan whenever a finished sweep is run again, and a grown plan that is not written."""
+    plan_of({"seed": [0, 1]}, name="s").write(tmp_path)
+    inode = (tmp_path / "plan.parquet").stat().st_ino
+    plan_of({"seed": [0, 1]}, name="s").write(tmp_path)
+    assert (tmp_path / "plan.parquet").stat().st_ino == inode
+    plan_of({"seed": [2]}, name="s").write(tmp_path)
+    assert [c.labels["seed"] for c in Plan.read(tmp_path).cells] == [0, 1, 2]
+
+
 def test_unreadable_plans(tmp_path):
     """Catches a traceback, or a damaged plan that is served."""
     with pytest.raises(StoreError, match="holds no plan"):
         Plan.read(tmp_path)
     plan_of().write(tmp_path)
     damaged = bytearray((tmp_path / "plan.parquet").read_bytes())
-    damaged[len(damaged) // 3] ^= 0xFF
+    column = pq.ParquetFile(tmp_path / "plan.parquet").metadata.row_group(0).column(0)
+    damaged[(column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 2] ^= 0xFF
     (tmp_path / "plan.parquet").write_bytes(damaged)
     with pytest.raises(StoreError, match="cannot be read"):
         Plan.read(tmp_path)

@@ -70,6 +70,14 @@ def test_clean_targets_are_the_preferences(bank):
         np.testing.assert_array_equal(side.target, expected)
 
 
+def test_clean_batches_are_smaller_where_comparisons_are_few():
+    """Catches one step per epoch at small n, and a batch that holds other comparisons for rows than for pairs."""
+    for n, batch in ((50, 16), (400, 50), (1024, 128), (32_000, 128)):
+        assert CLEAN.schedule(n, False).batch == batch and CLEAN.schedule(2 * n, True).batch == 2 * batch
+    few = component.build("protocol", {"kind": "clean", "batch_comparisons": 7})
+    assert few.schedule(32_000, False).batch == 7
+
+
 def test_released_mirrors_leak_and_other_units_do_not(bank):
     """The documented quirk: most validation pairs have their mirror in training; by comparison or prompt none has."""
     for unit, leaks in (("example", True), ("comparison", False), ("prompt", False)):
@@ -150,3 +158,33 @@ def test_released_equals_a_literal_restatement(bank, objective, batch):
     if objective == "bradley_terry":  # its loss does not see a common constant; Adam turns rounding noise into steps
         ours, theirs = ours - ours.mean(), theirs - theirs.mean()
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
+
+
+def test_converged_splits_as_clean_and_tries_every_pair(bank):
+    """Catches a control that differs from clean in more than its tuning."""
+    converged = component.build("protocol", {"kind": "converged", "learning_rates": [1e-2, 1e-3]})
+    (_, ours), (_, theirs) = (examples_of(bank, protocol, True) for protocol in (converged, CLEAN))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(a.first, b.first)
+    schedule = converged.schedule(960, True)
+    assert schedule.trials == tuple((rate, decay) for rate in (1e-2, 1e-3) for decay in converged.weight_decays)
+    assert schedule.restore_best and schedule.batch == CLEAN.schedule(960, True).batch
+    assert schedule.patience > CLEAN.patience and schedule.max_epochs > CLEAN.max_epochs
+
+
+def test_converged_keeps_the_trial_that_validates_best(bank):
+    """Catches trials that start from other weights or batches, and a choice by anything but validation loss."""
+    model = component.build("reward_model", {"kind": "mlp", "objective": "bradley_terry", "hidden": [8]})
+    rates, decays = (1e-2, 1e-4), (0.0, 0.1)
+
+    def fit(rates, decays):
+        node = {"kind": "converged", "learning_rates": rates, "weight_decays": decays, "max_epochs": 6}
+        protocol = component.build("protocol", node)
+        preferences = annotate(make_spec(n_annotations=300), bank, streams(5), {})
+        return model.fit(TrainingData(bank.train, preferences, protocol, streams(5), Compute(), {}))
+
+    alone = {(r, d): fit([r], [d]).history["validation_loss"] for r in rates for d in decays}
+    chosen = fit(list(rates), list(decays)).history
+    assert len(set(alone.values())) == 4
+    assert chosen["validation_loss"] == min(alone.values())
+    assert chosen["l2"] == min(alone, key=alone.__getitem__)[1]

@@ -9,7 +9,7 @@ from fake_pipeline import fake_plan, fake_run
 from rmsweep import results
 from rmsweep.errors import ConfigError, StoreError
 from rmsweep.fingerprint import digest
-from rmsweep.schemas import AXES, METRICS, STATUS
+from rmsweep.schemas import AXES, METRICS, SCHEMA_VERSION, STATUS
 from rmsweep.store import Store
 
 NAMES = ("results", "prompts", "costs")
@@ -40,18 +40,17 @@ def test_same_bytes_whatever_the_order(tmp_path):
     for i in range(20):
         size = rng.choice([1, 3, 7, 20])
         store = fill(tmp_path / str(i), plan, lambda r: rng.sample(r, len(r)), size)
-        tables = results.assemble(rng.sample(plan.cells, len(plan.cells)), store)
-        (tmp_path / str(i) / "t").mkdir()
-        results.write(tmp_path / str(i) / "t", tables)
-        seen.add(tuple((tmp_path / str(i) / "t" / f"{n}.parquet").read_bytes() for n in ("results", "prompts")))
+        results.assemble(rng.sample(plan.cells, len(plan.cells)), store, tmp_path / str(i))
+        seen.add(tuple((tmp_path / str(i) / f"{n}.parquet").read_bytes() for n in ("results", "prompts")))
     assert len(seen) == 1
 
 
 def test_rows_and_columns(tmp_path):
     """One row per cell, labels typed, realised beta and n_annotations from the record, skipped cells with reason."""
     plan = fake_plan(6, (0.5, 1.0), exclude=[{"seed": 3}])
-    tables = results.assemble(plan.cells, fill(tmp_path, plan, list, 4))
-    names = tables.results.column_names
+    summary = results.assemble(plan.cells, fill(tmp_path, plan, list, 4), tmp_path)
+    table, prompts, costs = (pq.read_table(tmp_path / f"{name}.parquet") for name in NAMES)
+    names = table.column_names
     extra = names[1 + len(AXES) : -2 - len(METRICS)]
     assert names == [
         "cell_id",
@@ -60,24 +59,76 @@ def test_rows_and_columns(tmp_path):
         *(c.name for c in STATUS[1:]),
         *(c.name for c in METRICS),
     ]
-    assert "dataset.seed" in extra and str(tables.results.schema.field("dataset.seed").type) == "int64"
-    rows = tables.results.to_pylist()
-    assert len(rows) == 12 and tables.n_missing == 0 and tables.counts["skipped"] == 2
+    assert "dataset.seed" in extra and str(table.schema.field("dataset.seed").type) == "int64"
+    rows = table.to_pylist()
+    assert len(rows) == 12 and summary.n_missing == 0 and summary.counts["skipped"] == 2
     for row in rows:
         assert (row["status"] == "skipped") == (row["seed"] == 3)
         assert (row["reason"] is None) == (row["status"] == "done")
         assert (row["golden_improvement"] is None) == (row["status"] != "done")
         assert row["beta"] == (0.25 if row["status"] == "done" else row["beta"]) and row["beta"] is not None
         assert row["n_annotations"] == 77 or row["status"] != "done"
-    assert tables.prompts.num_rows == tables.counts["done"] and tables.costs.num_rows == 10
+    assert prompts.num_rows == summary.counts["done"] and costs.num_rows == 10
 
 
 def test_cells_that_have_not_run_are_counted_not_shown(tmp_path):
     """Catches an invented status."""
     store = Store(tmp_path)
     store.prepare()
-    tables = results.assemble(fake_plan(4).cells, store)
-    assert tables.results.num_rows == 0 and tables.n_missing == 4
+    summary = results.assemble(fake_plan(4).cells, store, tmp_path)
+    assert pq.read_table(summary.results).num_rows == 0 and summary.n_missing == 4
+
+
+def test_row_groups_are_one_table(tmp_path, monkeypatch):
+    """Catches rows lost, doubled or out of order where one group of rows ends and the next begins."""
+    plan = fake_plan(7, (0.5, 1.0), worlds=(0, 1), exclude=[{"seed": 3}])
+    store, tables = fill(tmp_path, plan, lambda r: random.Random(1).sample(r, len(r)), 5), []
+    for rows in (1024, 3):
+        monkeypatch.setattr(results, "ROW_GROUP", rows)
+        results.assemble(plan.cells, store, tmp_path)
+        tables.append([pq.read_table(tmp_path / f"{name}.parquet") for name in NAMES])
+    assert tables[0] == tables[1] and tables[0][0].num_rows == 28
+    assert pq.ParquetFile(tmp_path / "results.parquet").num_row_groups == 10
+    ids = [t["cell_id"].to_pylist() for t in tables[0]]
+    assert all(list_ == [i for i in ids[0] if i in set(list_)] for list_ in ids[1:])
+
+
+def test_a_part_merged_while_tables_are_made(tmp_path, monkeypatch):
+    """Catches rows that vanish, or an error, because another driver merged parts between choosing and reading."""
+    plan = fake_plan(100)
+    store = fill(tmp_path, plan, list, 1)
+    take, done = store.record_parts.take, []
+
+    def merge_first(rows, columns=None):
+        if not done:
+            done.append(1)
+            Store(tmp_path).merge(c.fingerprint for c in plan.cells)
+        return take(rows, columns)
+
+    monkeypatch.setattr(store.record_parts, "take", merge_first)
+    assert results.assemble(plan.cells, store, tmp_path).n_missing == 0 and done
+    assert pq.read_table(tmp_path / "results.parquet").num_rows == 100
+
+
+def test_tables_that_are_current_are_left_alone(tmp_path):
+    """Catches a finished sweep assembled anew each time, and a damaged, absent or outdated table taken for current."""
+    fake_run(fake_plan(4), tmp_path)
+    folder = tmp_path / "sweeps" / "s"
+    good = {name: (folder / f"{name}.parquet").read_bytes() for name in NAMES}
+    inodes = [(folder / f"{name}.parquet").stat().st_ino for name in NAMES]
+    again = fake_run(fake_plan(4), tmp_path)
+    assert [(folder / f"{name}.parquet").stat().st_ino for name in NAMES] == inodes and again.counts["done"] == 4
+    for name in NAMES:
+        for damage in (good[name][:40] + b"x" + good[name][41:], good[name][:-1], None):
+            path = folder / f"{name}.parquet"
+            path.unlink() if damage is None else path.write_bytes(damage)
+            fake_run(fake_plan(4), tmp_path)
+            assert path.read_bytes() == good[name]
+    (folder / results.SEAL).write_text("{")
+    assert fake_run(fake_plan(4), tmp_path).counts["done"] == 4
+    assert results.current(folder, Store(tmp_path)) is not None
+    fake_run(fake_plan(5, name="other"), tmp_path)
+    assert fake_run(fake_plan(5), tmp_path).counts["done"] == 5 and len(results.load(folder)) == 5
 
 
 @pytest.mark.parametrize(
@@ -154,4 +205,4 @@ def test_tables_have_checksums_and_version(root):
     """What is written says its schema version."""
     for name in NAMES:
         file = pq.ParquetFile(root / "sweeps" / "a" / f"{name}.parquet")
-        assert file.schema_arrow.metadata[b"rmsweep.schema_version"] == b"1"
+        assert file.schema_arrow.metadata[b"rmsweep.schema_version"] == str(SCHEMA_VERSION).encode()

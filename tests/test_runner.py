@@ -83,8 +83,8 @@ def test_one_part_per_attempt(ready):
     """Merged parts replace each other: files grow with units, not with publications."""
     task, store = ready
     with Part(store, task.unit_id, Quiet(), seconds=1000) as part:
-        for cell in task.cells:
-            part.add(runner.run_cell(task, cell, runner._Opened(None, {})))
+        for cell, run in runner._runs(task, runner._Opened(None, {})):
+            part.add(runner.run_cell(task, cell, run))
             part.flush()
             assert len(os.listdir(store.folder / "results")) == len(os.listdir(store.folder / "costs")) == 1
             assert cell.fingerprint in store.done([cell.fingerprint])

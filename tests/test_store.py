@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from rmsweep import atomic, parts
 from rmsweep.errors import StoreError
 from rmsweep.fingerprint import digest
 from rmsweep.schemas import RECORD
-from rmsweep.store import Store, table_of
+from rmsweep.store import MERGE_TO, Store, parquet, table_of
 
 UNIT, BANK, OTHER = digest("unit"), digest("bank"), digest("other")
 
@@ -225,6 +226,34 @@ def test_parts_have_page_checksums(store):
         pq.ParquetFile(io.BytesIO(broken), page_checksum_verification=True).read()
 
 
+def test_many_small_parts_are_merged(store, tmp_path):
+    """Catches files that grow with kills: 150 parts of one row become a few, and nothing that was stored changes."""
+    for i in range(150):
+        put(store, [record(i % 140, "failed" if i < 10 else "done", reason=None)], unit=digest(["u", i]), attempt=1 + i)
+    put(store, [record(200 + i) for i in range(40)], unit=digest("large"))
+    keys = [key(i) for i in range(300)]
+    before = store.records(keys), store.costs(keys).drop_columns(["cell_id"])
+    large = {p.name for p in (store.folder / "results").iterdir() if p.name.startswith(digest("large"))}
+    store.merge(keys)
+    names = {kind: set(os.listdir(store.folder / kind)) for kind in ("results", "costs")}
+    assert len(names["results"]) == 1 + 150 // MERGE_TO + 1 and large <= names["results"] and len(names["costs"]) == 4
+    for reader in (store, Store(tmp_path)):
+        assert reader.records(keys) == before[0] and reader.costs(keys).drop_columns(["cell_id"]) == before[1]
+        assert reader.corrupt == [] and not reader.conflicts
+    Store(tmp_path).merge(keys)
+    assert names == {kind: set(os.listdir(store.folder / kind)) for kind in names}
+
+
+def test_merging_keeps_two_results_of_one_cell(store, tmp_path):
+    """Catches evidence of nondeterminism that merging would hide, and equal rows kept twice."""
+    for i in range(100):
+        put(store, [record(0, golden_improvement=float(i % 2)), record(i)], unit=digest(["u", i]))
+    store.merge([key(i) for i in range(100)])
+    fresh = Store(tmp_path)
+    assert len(fresh.records([key(0)])) == 1 and fresh.conflicts == {key(0)}
+    assert sum(pq.read_metadata(p).num_rows for p in (store.folder / "results").iterdir()) < 120
+
+
 # -- banks -------------------------------------------------------------------------------------------------
 
 
@@ -304,3 +333,12 @@ def test_a_read_only_root_is_refused_first(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match=r"store/banks.*Read-only") as info:
         Store(tmp_path).prepare()
     assert info.value.exit_code == 3
+
+
+def test_parts_of_an_older_version_lack_new_columns(store):
+    """A column added later must not orphan what is done: it reads as null."""
+    data = parquet(table_of([record(0)], RECORD).drop_columns(["learning_rate"]))
+    atomic.publish(store.folder / "results" / f"{UNIT}-{parts.sha(data)}.parquet", data)
+    found = store.records([key(0)])
+    assert found["learning_rate"].to_pylist() == [None] and found["status"].to_pylist() == ["done"]
+    assert not store.corrupt

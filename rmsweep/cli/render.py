@@ -6,13 +6,16 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rmsweep.cell import PlannedCell
+from rmsweep.cost_model import COVERAGE, Forecast
 from rmsweep.plan import Plan
 
 REPLICATES = ("seed", "dataset.split_seed")  # what is averaged over, never a row of the table
 MAX_ROWS = 40
+FAR = 3.0  # times the cells seen: an estimate to be wary of
 STATES = ("new", "done", "failed", "diverged", "skipped")
 ANNOTATION_KEYS = (
     "candidates", "pairing", "annotator", "beta", "error_rate", "n_annotations", "pairs_per_prompt", "seed",
@@ -76,15 +79,41 @@ def size(n_bytes: float) -> str:
     return f"{n_bytes:.3g} TB"
 
 
-def cost_text(plan: Plan, states: Mapping[str, str], seconds: Mapping[str, float]) -> str:
-    """Estimated core-hours of the new cells. `seconds`: reward model -> mean seconds of a finished cell."""
-    new = Counter(c.labels["reward_model"] for c in plan.cells if c.reason is None and c.fingerprint not in states)
-    unknown = sorted(set(new) - set(seconds))
-    known = sum(seconds.get(model, 0) * n for model, n in new.items()) / 3600
-    if new and len(unknown) == len(new):
-        return "estimated core-hours: not known yet (no finished cells of these reward models under this root)"
-    extra = f" without {', '.join(unknown)} (none finished yet)" if unknown else ""
-    return f"estimated core-hours: {known:.3g}{extra}, from finished cells of all sizes under this root"
+def cost_text(plan: Plan, states: Mapping[str, str], forecast: Forecast | None, root: Path) -> str:
+    """Estimated core-hours of the new cells, how sure that is, and which of them have no estimate."""
+    if not any(c.reason is None and c.fingerprint not in states for c in plan.cells):
+        return "estimated core-hours: 0, nothing is new"
+    advice = "run a few of these cells (such as one seed, one bank), then plan again"
+    if forecast is None:
+        return f"estimated core-hours: not known yet, nothing was measured under root={root}; {advice}"
+    gap = ", ".join(f"{_cells(n)} of {model}" for model, n in forecast.uncovered.items())
+    missing = f"no finished cell like them (protocol, device, precision) under root={root}"
+    if not forecast.n_covered:
+        return f"estimated core-hours: not known for {gap}: {missing}; {advice}"
+    interval = f"{100 * COVERAGE:.0f} % interval {number(forecast.low)} to {number(forecast.high)}"
+    where = ", ".join(forecast.hosts[:3]) + (f" and {len(forecast.hosts) - 3} more" if len(forecast.hosts) > 3 else "")
+    text = (
+        f"estimated core-hours: about {number(forecast.hours)} ({interval}; fitted to {_cells(forecast.n_cells)} done"
+    )
+    text += f" on {where}" + ("" if forecast.here else ", other machines differ") + ")"
+    lines = [text, f"  {_reach(forecast)}; banks and start-up not counted"]
+    return "\n".join([*lines, *([f"  without {gap}: {missing}"] if gap else [])])
+
+
+def _reach(forecast: Forecast) -> str:
+    """Whether the planned cells are like those seen."""
+    parts = []
+    for factors, what in ((forecast.reach, "beyond the largest"), (forecast.depth, "below the smallest")):
+        if factors:
+            worst = "EXTRAPOLATED" if max(factors.values()) > FAR else "extrapolated"
+            each = ", ".join(f"{model} {number(factor)}x" for model, factor in factors.items())
+            parts.append(f"{worst} {what} cells seen: {each}")
+    return "; ".join(parts) or "sizes within those of the cells seen"
+
+
+def number(value: float) -> str:
+    """Two significant digits below 100, whole numbers above."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def improvement_table(rows: Sequence[Mapping[str, Any]], cells: Sequence[PlannedCell], width: int | None = None) -> str:

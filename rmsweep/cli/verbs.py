@@ -64,6 +64,7 @@ def _plan(args: argparse.Namespace) -> int:
     request, plan = _planned(args, need_data=False)
     if request is None:
         return 0
+    from rmsweep import cost_model
     from rmsweep.cli import compose, render
 
     compose.check_against_hydra(request)
@@ -71,7 +72,7 @@ def _plan(args: argparse.Namespace) -> int:
     print(render.plan_text(plan, states))
     if plan.unknown is None:
         print(render.disk_text(*_disk(request.root, plan, states)))
-    print(render.cost_text(plan, states, _mean_seconds(request.root)))
+    print(render.cost_text(plan, states, cost_model.estimate(plan, request.root, states), request.root))
     return 0
 
 
@@ -94,7 +95,7 @@ def _planned(args: argparse.Namespace, need_data: bool) -> tuple[Any, Any]:
     plan = planning.make(
         request.sweep,
         request.presets,
-        compute=resolve_compute(request.device, request.precision, pinned),
+        compute=resolve_compute(request.device, request.precision, pinned, here=need_data),
         keep=request.keep,
         plugins=[str(file.resolve()) for file in args.plugin],
         need_data=need_data,
@@ -143,25 +144,6 @@ def _disk(root: Path, plan: Any, states: Mapping[str, str]) -> tuple[int, int]:
     kept = plan.kept_bytes * len(new) // max(1, sum(c.reason is None for c in plan.cells))
     there = next(p for p in (root.absolute(), *root.absolute().parents) if p.exists())
     return needed + kept, shutil.disk_usage(there).free
-
-
-def _mean_seconds(root: Path) -> dict[str, float]:
-    """Mean seconds per cell of every reward model, over all sweeps under root."""
-    import pyarrow.parquet as pq
-
-    total: dict[str, list[float]] = {}
-    for costs in sorted(root.glob("sweeps/*/costs.parquet")):
-        results = costs.with_name("results.parquet")
-        if not results.exists():
-            continue
-        models = pq.read_table(results, columns=["cell_id", "reward_model"]).to_pydict()
-        of = dict(zip(models["cell_id"], models["reward_model"], strict=True))
-        names = ["seconds_annotate", "seconds_train", "seconds_evaluate"]
-        for row in pq.read_table(costs, columns=["cell_id", *names]).to_pylist():
-            seconds = [row[n] for n in names if row[n] is not None]
-            if seconds and row["cell_id"] in of:
-                total.setdefault(of[row["cell_id"]], []).append(sum(seconds))
-    return {model: sum(values) / len(values) for model, values in total.items()}
 
 
 # -- status, results, retry, completion --------------------------------------------------------------------

@@ -60,15 +60,21 @@ def pick(score: Floats, golden: Floats) -> Pick:
     """
     picked = Pick(*np.full((2, len(golden)), np.nan))
     for part in groups(score, golden):
-        best = part.score == part.score.max(axis=1, keepdims=True)
-        quantile = (average_ranks(part.golden) - 0.5) / part.m
-        for result, values in zip(picked, (part.golden, quantile), strict=True):
-            result[part.prompts] = np.where(best, values, 0).sum(axis=1) / best.sum(axis=1)
+        first = part.score.argmax(axis=1)[:, None]
+        golden = np.take_along_axis(part.golden, first, axis=1)
+        less, equal = (part.golden < golden).sum(axis=1), (part.golden == golden).sum(axis=1)
+        picked.golden[part.prompts] = golden[:, 0]
+        picked.quantile[part.prompts] = (less + equal / 2) / part.m
+        best = part.score == np.take_along_axis(part.score, first, axis=1)
+        tied = np.flatnonzero(best.sum(axis=1) > 1)
+        quantile = (average_ranks(part.golden[tied]) - 0.5) / part.m
+        for result, values in zip(picked, (part.golden[tied], quantile), strict=True):
+            result[part.prompts[tied]] = np.where(best[tied], values, 0).sum(axis=1) / best[tied].sum(axis=1)
     return picked
 
 
 def _golden_by_score(part: Group) -> NDArray[np.float64]:
     """Golden rewards [G, m] from the highest score to the lowest, averaged over tied scores."""
-    order = np.argsort(-part.score, axis=1, kind="stable")
-    score, golden = (np.take_along_axis(values, order, axis=1) for values in (part.score, part.golden))
+    order = np.argsort(-part.score, axis=1)
+    score, golden = np.take_along_axis(part.score, order, axis=1), np.take_along_axis(part.golden, order, axis=1)
     return tie_means(score, golden)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,10 @@ from rmsweep.errors import DataError, Diverged
 
 
 class Group(NamedTuple):
-    """Prompts with m responses each: indices [G], scores and golden rewards float64 [G, m]."""
+    """Prompts with m responses each: indices [G], scores in their own type and golden rewards float64 [G, m]."""
 
     prompts: Ints
-    score: NDArray[np.float64]
+    score: NDArray[np.floating[Any]]
     golden: NDArray[np.float64]
 
     @property
@@ -39,7 +39,7 @@ def groups(score: Floats, golden: Floats) -> Iterator[Group]:
     count = valid.sum(axis=1)
     for m in np.unique(count[count > 0]):
         prompts = np.flatnonzero(count == m)
-        yield Group(prompts, score[prompts, :m].astype(np.float64), golden[prompts, :m].astype(np.float64))
+        yield Group(prompts, score[prompts, :m], golden[prompts, :m].astype(np.float64))
 
 
 def check_finite(score: Floats) -> None:

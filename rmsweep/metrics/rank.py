@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,7 +109,7 @@ def inversions(permutation: Ints) -> int:
     return total
 
 
-def _rank_correlation(score: NDArray[np.float64], golden: NDArray[np.float64]) -> NDArray[np.float64]:
+def _rank_correlation(score: NDArray[np.floating[Any]], golden: NDArray[np.float64]) -> NDArray[np.float64]:
     """Spearman correlation of each row [G, m]: NaN where golden is constant, else 0 where the score is."""
     middle = (golden.shape[1] + 1) / 2
     a, b = average_ranks(score) - middle, average_ranks(golden) - middle

@@ -29,7 +29,8 @@ def tilt(score: Floats, golden: Floats, tau: Sequence[float]) -> Tilt:
     """
     total, n_prompts = np.zeros((2, len(tau))), 0
     for part in groups(score, golden):
-        below = part.score - part.score.max(axis=1, keepdims=True)
+        below = part.score.astype(np.float64)
+        below -= below.max(axis=1, keepdims=True)
         total += np.transpose([_moments(below / t, part.golden) for t in tau])
         n_prompts += len(part.prompts)
     return Tilt(*(total / n_prompts))

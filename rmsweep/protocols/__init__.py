@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -20,13 +20,15 @@ class Examples:
     """E training examples: flat bank rows and targets in [0, 1].
 
     Pairwise: `second` [E] holds the other side and target = P(first > second). Pointwise: `second` is None and
-    target = 1 for chosen, 0 for rejected. `comparison` [E] is the comparison an example comes from.
+    target = 1 for chosen, 0 for rejected. `comparison` [E] is the comparison an example comes from. `weight` [E] is
+    how often an example counts in the mean loss; None: once.
     """
 
     first: Ints
     second: Ints | None
     target: NDArray[np.float32]
     comparison: Ints
+    weight: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.first)
@@ -34,7 +36,13 @@ class Examples:
     def take(self, index: Ints) -> Examples:
         """The examples at `index`."""
         second = None if self.second is None else self.second[index]
-        return Examples(self.first[index], second, self.target[index], self.comparison[index])
+        weight = None if self.weight is None else self.weight[index]
+        return Examples(self.first[index], second, self.target[index], self.comparison[index], weight)
+
+    @property
+    def mass(self) -> float:
+        """Sum of the weights."""
+        return float(len(self)) if self.weight is None else float(self.weight.sum(dtype=np.float64))
 
 
 class SplitExamples(NamedTuple):
@@ -51,6 +59,9 @@ class Schedule:
     learning_rate of Adam; `batch` examples per step; an epoch is a `pass` over all examples, or as many `resample`d
     batches (each a new random subset); stop when validation is worse than `each_previous` of the last `patience`
     epochs, or has not beaten the `best` for `patience` epochs; `restore_best` keeps the best epoch's weights.
+    `trials` are (learning_rate, weight_decay) pairs to train with in turn, each from the same initial weights and the
+    same stream of batches; the one with the smallest best validation loss is kept (ties: the first). Empty: the
+    schedule's own pair alone.
     """
 
     learning_rate: float
@@ -62,6 +73,11 @@ class Schedule:
     restore_best: bool
     clamped_sigmoid: bool = False
     weight_decay: float = 0.0
+    trials: tuple[tuple[float, float], ...] = ()
+
+    def each_trial(self) -> tuple[Schedule, ...]:
+        """One schedule per trial; the schedule itself where it asks for none."""
+        return tuple(replace(self, learning_rate=a, weight_decay=b, trials=()) for a, b in self.trials) or (self,)
 
 
 class FitProtocol(Protocol):

@@ -14,8 +14,10 @@ from rmsweep.component import component
 from rmsweep.preferences import Preferences
 from rmsweep.protocols import Schedule, SplitExamples, pairwise, pointwise
 
+MIN_BATCH = 16  # comparisons
 
-@component("protocol", version=1)
+
+@component("protocol", version=2)
 @dataclass(frozen=True)
 class Clean:
     """Validation prompts are set aside, no response stands on both sides, the best epoch's weights are kept.
@@ -25,17 +27,22 @@ class Clean:
     comparisons that straddle the split) are left out: under cross_prompt about 2 % of all comparisons validate. Where
     that is fewer than `min_validation`, comparisons whose b belongs to a training prompt are admitted, still without a
     response that occurs in training: about 6 %.
+
+    A batch holds `batch_comparisons`, fewer where an epoch would have less than `min_steps` steps (never fewer than
+    16). Training stops when `patience` epochs brought no better validation loss; max_epochs is a guard. How these
+    numbers were chosen, by validation alone: docs/clean_protocol.md.
     """
 
     prompt_order: ClassVar[Literal["shuffled"]] = "shuffled"
 
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     min_validation: Annotated[int, Field(ge=1)] = 200
-    batch_comparisons: Annotated[int, Field(ge=1)] = 256
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    batch_comparisons: Annotated[int, Field(ge=1)] = 128
+    min_steps: Annotated[int, Field(ge=1)] = 8
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_epochs: Annotated[int, Field(ge=1)] = 30
-    patience: Annotated[int, Field(ge=1)] = 3
+    max_epochs: Annotated[int, Field(ge=1)] = 100
+    patience: Annotated[int, Field(ge=1)] = 2
 
     def split(
         self, split: Split, preferences: Preferences, pointwise_rows: bool, rng: np.random.Generator
@@ -72,9 +79,11 @@ class Clean:
 
     def schedule(self, n_train: int, pointwise_rows: bool) -> Schedule:
         """Equal numbers of steps for pairs and rows: a batch holds the same number of comparisons."""
+        rows = 2 if pointwise_rows else 1
+        small = max(MIN_BATCH, n_train // rows // self.min_steps)
         return Schedule(
             learning_rate=self.learning_rate,
-            batch=self.batch_comparisons * (2 if pointwise_rows else 1),
+            batch=min(self.batch_comparisons, small) * rows,
             max_epochs=self.max_epochs,
             patience=self.patience,
             epoch="pass",

@@ -60,15 +60,10 @@ class RewardModel(Protocol):
         ...
 
 
-def score_in_chunks(
-    split: Split, score_rows: Callable[[Floats], Floats], dtype: type[np.floating[Any]] | None = np.float32
-) -> NDArray[np.float32]:
-    """Proxy rewards [P, N], streaming the embeddings [rows, D] through `score_rows` -> [rows].
-
-    dtype: what the embeddings are cast to, null for the bank's own fp16 or fp32.
-    """
+def score_in_chunks(split: Split, score_rows: Callable[[Floats], Floats]) -> NDArray[np.float32]:
+    """Proxy rewards [P, N], streaming the embeddings [rows, D], fp16 or fp32, through `score_rows` -> [rows]."""
     scores = np.zeros(split.golden.shape, dtype=np.float32)
     for part in split.chunks():
-        block = np.asarray(split.embedding[part], dtype=dtype)
-        scores[part] = score_rows(block.reshape(-1, split.dim)).reshape(scores[part].shape)
+        block = np.asarray(split.embedding[part]).reshape(-1, split.dim)
+        scores[part] = score_rows(block).reshape(scores[part].shape)
     return scores

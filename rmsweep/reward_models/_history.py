@@ -11,6 +11,7 @@ from rmsweep.bank import Floats, Ints, Split
 from rmsweep.errors import DesignError, Diverged
 from rmsweep.protocols import SplitExamples
 from rmsweep.reward_models import TrainingData
+from rmsweep.reward_models._convert import gathered
 
 CHUNK_ROWS = 4096
 
@@ -57,5 +58,5 @@ def logistic_loss(margin: Floats, target: Floats) -> float | None:
 
 def margins(split: Split, rows: Ints, score_rows: Callable[[Floats], Floats]) -> NDArray[np.float64]:
     """Scores [len(rows)] of flat bank rows, gathered in chunks."""
-    parts = [score_rows(split.gather(rows[i : i + CHUNK_ROWS])) for i in range(0, len(rows), CHUNK_ROWS)]
+    parts = [score_rows(gathered(split, rows[i : i + CHUNK_ROWS])) for i in range(0, len(rows), CHUNK_ROWS)]
     return np.concatenate([np.zeros(0), *parts])

@@ -16,17 +16,26 @@ from rmsweep.errors import Diverged
 from rmsweep.objectives import Objective
 from rmsweep.protocols import Examples, Schedule, SplitExamples
 from rmsweep.reward_models import Compute
+from rmsweep.reward_models._convert import tensor
 
-VALIDATION_ROWS = 8192
+VALIDATION_EXAMPLES = 8192
+SCORED_ROWS = 2048  # a chunk's activations stay in the cache: 15 % faster than 16,384
 
 
 @dataclass
 class History:
-    """Losses per epoch and the epoch whose weights are kept (from 1; 0: none)."""
+    """Losses per epoch, the epoch whose weights are kept (from 1; 0: none), and what the optimiser was given."""
 
+    learning_rate: float = 0.0
+    weight_decay: float = 0.0
     train: list[float] = field(default_factory=list)
     validation: list[float] = field(default_factory=list)
     kept: int = 0
+
+    @property
+    def lowest(self) -> float:
+        """Lowest validation loss; infinite without validation."""
+        return min(self.validation, default=float("inf"))
 
     def summary(self, examples: SplitExamples) -> dict[str, float | int | None]:
         """Columns of results.parquet."""
@@ -38,7 +47,8 @@ class History:
             "best_epoch": best,
             "train_loss": self.train[self.kept - 1],
             "validation_loss": self.validation[self.kept - 1] if self.validation else None,
-            "l2": None,
+            "l2": self.weight_decay,
+            "learning_rate": self.learning_rate,
         }
 
 
@@ -46,7 +56,7 @@ class History:
 class Loss:
     """Mean loss of a network on examples: rows gathered from the bank, scored, handed to the objective."""
 
-    network: torch.nn.Module
+    network: torch.nn.Sequential
     objective: Objective
     split: Split
     compute: Compute
@@ -54,45 +64,66 @@ class Loss:
 
     def __call__(self, examples: Examples) -> torch.Tensor:
         """Scalar mean loss over the examples."""
-        target = torch.from_numpy(examples.target).to(self.compute.device)
+        loss = self._of_each(examples, torch.from_numpy(examples.target).to(self.compute.device))
+        if examples.weight is None:
+            return loss.mean()
+        weight = torch.from_numpy(examples.weight).to(self.compute.device)
+        return (loss * weight).sum() / weight.sum()
+
+    def _of_each(self, examples: Examples, target: torch.Tensor) -> torch.Tensor:
+        """Losses [E]."""
         if examples.second is None:
             reward = self.reward(examples.first)
             return self._binary(reward, target) if self.clamped_sigmoid else self._rows(reward, target)
         reward_a, reward_b = self.reward(np.concatenate([examples.first, examples.second])).chunk(2)
         if self.clamped_sigmoid and getattr(self.objective, "kind", "") == "bradley_terry":
             return self._binary(reward_a - reward_b, target)
-        return self.objective(reward_a, reward_b, target).mean()
+        return self.objective(reward_a, reward_b, target)
 
     def reward(self, rows: Ints) -> torch.Tensor:
         """Proxy rewards [len(rows)] of flat bank rows."""
         return forward(self.network, self.split.gather(rows, dtype=None), self.compute)
 
     def _rows(self, reward: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return self.objective.row_loss(reward, target).mean()  # type: ignore[attr-defined]
+        loss: torch.Tensor = self.objective.row_loss(reward, target)  # type: ignore[attr-defined]
+        return loss
 
     @staticmethod
     def _binary(logit: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of sigma(logit) with log clamped at -100, as released."""
-        return binary_cross_entropy(torch.sigmoid(logit), target)
+        return binary_cross_entropy(torch.sigmoid(logit), target, reduction="none")
 
 
-def forward(network: torch.nn.Module, embedding: Floats, compute: Compute) -> torch.Tensor:
-    """Proxy rewards [R], float32, of embeddings [R, D]: products in fp32, or in bf16 with fp32 weights and sums."""
+def forward(network: torch.nn.Sequential, embedding: Floats, compute: Compute) -> torch.Tensor:
+    """Proxy rewards [R], float32, of embeddings [R, D], for training.
+
+    Products of the hidden layers in fp32, or in bf16 with fp32 weights and sums; the last layer always in fp32, since
+    a reward rounded to bf16 ties with its neighbours.
+    """
     low = compute.precision == "bf16"
-    rows = torch.from_numpy(np.require(embedding, requirements=["C", "W"])).to(
-        compute.device
-    )  # memory maps are read-only
+    rows = tensor(embedding, torch.bfloat16 if low and len(network) > 1 else torch.float32, compute.device)
     with torch.autocast(compute.device, torch.bfloat16, enabled=low):
-        reward: torch.Tensor = network(rows.to(torch.bfloat16 if low else torch.float32))
-    return reward.squeeze(-1).float()
+        hidden = network[:-1](rows)
+    reward: torch.Tensor = network[-1](hidden.float()).squeeze(-1)
+    return reward
+
+
+@torch.no_grad()
+def score_rows(network: torch.nn.Sequential, embedding: Floats, compute: Compute) -> torch.Tensor:
+    """Proxy rewards [R] of embeddings [R, D], in chunks, by the numbers of `forward`; weights are rounded once."""
+    low = compute.precision == "bf16" and len(network) > 1
+    hidden = copy.deepcopy(network[:-1]).bfloat16() if low else network[:-1]
+    kind = torch.bfloat16 if low else torch.float32
+    parts = (embedding[i : i + SCORED_ROWS] for i in range(0, len(embedding), SCORED_ROWS))
+    return torch.cat([network[-1](hidden(tensor(p, kind, compute.device)).float()) for p in parts]).squeeze(-1)
 
 
 def train_network(loss: Loss, examples: SplitExamples, schedule: Schedule, rng: np.random.Generator) -> History:
     """Train `loss.network` in place with Adam; raises Diverged on a loss that is not finite."""
     optimizer = torch.optim.Adam(
-        loss.network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+        loss.network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
     )
-    history, weights = History(), loss.network.state_dict()
+    history, weights = History(schedule.learning_rate, schedule.weight_decay), loss.network.state_dict()
     for epoch in range(1, schedule.max_epochs + 1):
         history.train.append(_train_epoch(loss, examples.train, schedule, optimizer, rng))
         if len(examples.validation):
@@ -135,9 +166,9 @@ def _train_epoch(
 def _validate(loss: Loss, examples: Examples) -> float:
     """Mean validation loss, in chunks."""
     loss.network.eval()
-    starts = range(0, len(examples), VALIDATION_ROWS)
-    parts = [np.arange(s, min(s + VALIDATION_ROWS, len(examples))) for s in starts]
-    return sum(float(loss(examples.take(p))) * len(p) for p in parts) / len(examples)
+    starts = range(0, len(examples), VALIDATION_EXAMPLES)
+    parts = [examples.take(np.arange(s, min(s + VALIDATION_EXAMPLES, len(examples)))) for s in starts]
+    return sum(float(loss(part)) * part.mass for part in parts) / examples.mass
 
 
 def _stops(validation: list[float], schedule: Schedule) -> bool:

@@ -13,8 +13,10 @@ from pydantic import Field
 
 from rmsweep.bank import Floats, Ints, Split
 from rmsweep.component import component
+from rmsweep.errors import ConfigError
 from rmsweep.protocols import Examples
 from rmsweep.reward_models import TrainingData, score_in_chunks
+from rmsweep.reward_models._convert import gathered, widened
 from rmsweep.reward_models._history import CHUNK_ROWS, history, logistic_loss, margins, split_examples
 
 DEFAULT_ROUNDS = 100  # the library's; the authors' notebooks use 1000, what their tables use is not known
@@ -28,12 +30,13 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 class LGB:
     """Gradient-boosted trees on single responses, target 1 for chosen and 0 for rejected; library defaults.
 
-    rounds: trees, null for 100 (or the simulated size's own). bins: where a feature's bin edges come from:
-    `bank`, a fixed sample of the bank's training split, so that a bank is binned once for many cells; or
-    `cell`, the cell's own training rows, as plain LightGBM does. early_stopping_rounds: stop when the
-    validation loss has not improved for so many rounds and keep the best; null for never, as in the authors'
-    notebooks. The score is the raw margin, the log odds of "chosen": the order of the predicted probability
-    that the papers use. One thread, deterministic.
+    rounds: trees, null for 100 (or the simulated size's own). bins: where a feature's bin edges come from: `bank`, a
+    fixed sample of the bank's training split, so that a bank is binned once for many cells; or `cell`, the cell's own
+    training rows, as plain LightGBM does. early_stopping_rounds: stop when the validation loss has not improved for so
+    many rounds and keep the best; null for never, as in the authors' notebooks. quantized_gradients: gradients in four
+    bins with stochastic rounding and integer histograms, leaf values renewed from exact gradients (`clf_lgb_fast`). The
+    score is the raw margin, the log odds of "chosen": the order of the predicted probability that the papers use. One
+    thread, deterministic.
     """
 
     rounds: Annotated[int, Field(ge=1)] | None = None
@@ -45,6 +48,15 @@ class LGB:
     feature_fraction: Fraction = 1.0
     bins: Literal["bank", "cell"] = "bank"
     early_stopping_rounds: Annotated[int, Field(ge=1)] | None = None
+    quantized_gradients: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what makes LightGBM abort: `Check failed: best_split_info.right_count > 0`."""
+        if self.quantized_gradients and self.feature_fraction < 1:
+            raise ConfigError(
+                f"reward_model.feature_fraction={self.feature_fraction}: quantized_gradients=true aborts in LightGBM "
+                "unless every feature is used; allowed with it: 1.0"
+            )
 
     def fit(self, data: TrainingData) -> FittedLGB:
         """Boost on the protocol's training examples; raises Diverged, DesignError."""
@@ -80,6 +92,8 @@ class LGB:
             "bagging_fraction": self.bagging_fraction,
             "bagging_freq": int(self.bagging_fraction < 1),
             "feature_fraction": self.feature_fraction,
+            "use_quantized_grad": self.quantized_gradients,
+            "quant_train_renew_leaf": self.quantized_gradients,
             "seed": int(data.streams("init").integers(2**31)),
         }
 
@@ -91,16 +105,17 @@ class LGB:
             "verbosity": -1,
             "num_threads": 1,
             "deterministic": True,
-            "force_col_wise": True,
+            "force_row_wise" if self.quantized_gradients else "force_col_wise": True,
         }
 
     def _dataset(self, data: TrainingData, examples: Examples, train: lightgbm.Dataset | None) -> lightgbm.Dataset:
         if self.bins == "cell":
-            rows = data.split.gather(examples.first)
+            rows = gathered(data.split, examples.first)
             return lightgbm.Dataset(rows, examples.target, reference=train, params=self._dataset_params())
-        key = ("lgb", self.max_bin)
+        params = self._dataset_params()
+        key = ("lgb", *params.items())
         if key not in data.cache:
-            data.cache[key] = BinnedBank(data.split, self._dataset_params())
+            data.cache[key] = BinnedBank(data.split, params)
         binned: BinnedBank = data.cache[key]
         return binned.dataset(examples.first, examples.target)
 
@@ -118,7 +133,7 @@ class FittedLGB:
 
     def score_rows(self, embedding: Floats) -> Floats:
         """Raw margins [R] of embeddings [R, D], by the best iteration where training stopped early."""
-        return np.asarray(self.booster.predict(embedding, raw_score=True, num_threads=1))
+        return np.asarray(self.booster.predict(widened(embedding), raw_score=True, num_threads=1))
 
     def state(self) -> dict[str, NDArray[Any]]:
         """The library's text format as bytes: lightgbm.Booster(model_str=bytes(state["model"]).decode())."""
@@ -137,7 +152,7 @@ class BinnedBank:
         self.split, self.params = split, params
         valid = np.flatnonzero(np.isfinite(split.golden.reshape(-1)))
         n = min(len(valid), SAMPLE_ROWS)
-        sample = split.gather(valid[np.arange(n) * len(valid) // n])
+        sample = gathered(split, valid[np.arange(n) * len(valid) // n])
         self.edges = lightgbm.Dataset(sample, np.zeros(n), params=params).construct()
         self.pool: lightgbm.Dataset | None = None
         self.rows_binned = 0
@@ -171,7 +186,7 @@ class _Rows(lightgbm.Sequence):
         self.split, self.rows = split, rows
 
     def __getitem__(self, index: Any) -> Floats:
-        return self.split.gather(self.rows[index])
+        return gathered(self.split, self.rows[index])
 
     def __len__(self) -> int:
         return len(self.rows)

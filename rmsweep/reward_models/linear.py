@@ -18,6 +18,7 @@ from rmsweep.datasets import BankShape
 from rmsweep.errors import DesignError
 from rmsweep.protocols import Examples, SplitExamples
 from rmsweep.reward_models import TrainingData, score_in_chunks
+from rmsweep.reward_models._convert import gathered, widened
 from rmsweep.reward_models._history import CHUNK_ROWS, history, logistic_loss, split_examples
 
 Strength = Annotated[float, Field(ge=0)]
@@ -95,8 +96,8 @@ class FittedLinear:
         return score_in_chunks(split, self.score_rows)
 
     def score_rows(self, embedding: Floats) -> Floats:
-        """Proxy rewards [R] of float32 embeddings [R, D]."""
-        return (embedding - self.mean) @ self.coefficient + np.float32(self.bias)
+        """Proxy rewards [R] of embeddings [R, D]."""
+        return (widened(embedding) - self.mean) @ self.coefficient + np.float32(self.bias)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """The three parts of the score."""
@@ -164,8 +165,8 @@ class Features(NamedTuple):
         x = np.empty((len(examples), split.dim), dtype=np.float32)
         for i in range(0, len(x), CHUNK_ROWS):
             part = slice(i, i + CHUNK_ROWS)
-            second = self.mean if examples.second is None else split.gather(examples.second[part])
-            np.subtract(split.gather(examples.first[part]), second, out=x[part])
+            second = self.mean if examples.second is None else gathered(split, examples.second[part])
+            np.subtract(gathered(split, examples.first[part]), second, out=x[part])
             x[part] /= self.scale.astype(np.float32)
         return Design(x, examples.target, intercept=examples.second is None)
 
@@ -184,6 +185,6 @@ def _moments(split: Split, rows: Ints) -> NDArray[np.float64]:
     """Means of x and x^2 [2, D] over flat bank rows, float64."""
     total = np.zeros((2, split.dim))
     for i in range(0, len(rows), CHUNK_ROWS):
-        block = split.gather(rows[i : i + CHUNK_ROWS]).astype(np.float64)
+        block = gathered(split, rows[i : i + CHUNK_ROWS]).astype(np.float64)
         total += block.sum(axis=0), (block**2).sum(axis=0)
     return total / len(rows)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -16,14 +17,20 @@ from pydantic import Field
 from rmsweep.bank import Floats, Split
 from rmsweep.component import component, nested
 from rmsweep.datasets import BankShape
+from rmsweep.errors import Diverged
+from rmsweep.protocols import Schedule, SplitExamples
 from rmsweep.reward_models import Compute, TrainingData, score_in_chunks
-from rmsweep.reward_models._training import Loss, forward, train_network
+from rmsweep.reward_models._training import History, Loss, score_rows, train_network
 
 PAPER_HIDDEN = (1024, 512)
-ACTIVATIONS: dict[str, type[torch.nn.Module]] = {"relu": torch.nn.ReLU, "gelu": torch.nn.GELU, "tanh": torch.nn.Tanh}
+ACTIVATIONS: dict[str, Callable[[], torch.nn.Module]] = {
+    "relu": functools.partial(torch.nn.ReLU, inplace=True),
+    "gelu": torch.nn.GELU,
+    "tanh": torch.nn.Tanh,
+}
 
 
-@component("reward_model", version=1)
+@component("reward_model", version=2)
 @dataclass(frozen=True)
 class MLP:
     """d -> 1024 -> 512 -> 1 with ReLU, no regularisation, inputs as they are (paper A, appendix; released networks.py).
@@ -39,34 +46,49 @@ class MLP:
         """Runs on every bank."""
         return None
 
+    def widths(self, dim: int) -> tuple[int, ...]:
+        """Layer widths D -> hidden -> 1."""
+        return (dim, *(PAPER_HIDDEN if self.hidden is None else self.hidden), 1)
+
     def fit(self, data: TrainingData) -> FittedMLP:
-        """Train under the protocol's split and schedule; raises Diverged."""
+        """Train under the protocol's split and schedule, once per trial of the schedule; raises Diverged."""
         examples = data.protocol.split(data.split, data.preferences, self.objective.pointwise, data.streams("split"))
         schedule = data.protocol.schedule(len(examples.train), self.objective.pointwise)
-        widths = (data.split.dim, *(PAPER_HIDDEN if self.hidden is None else self.hidden), 1)
-        network = build_network(widths, self.activation, data.streams("init")).to(data.compute.device)
-        loss = Loss(network, self.objective, data.split, data.compute, schedule.clamped_sigmoid)
-        history = train_network(loss, examples, schedule, data.streams("order"))
+        trials = [self._train(data, examples, trial) for trial in schedule.each_trial()]
+        trained = [trial for trial in trials if not isinstance(trial, Diverged)]
+        if not trained:
+            raise next(trial for trial in trials if isinstance(trial, Diverged))
+        network, history = min(trained, key=lambda trial: trial[1].lowest)
         return FittedMLP(network, data.compute, history.summary(examples))
+
+    def _train(
+        self, data: TrainingData, examples: SplitExamples, schedule: Schedule
+    ) -> tuple[torch.nn.Sequential, History] | Diverged:
+        """A network trained from the cell's initial weights, or how that ended: another trial may do better."""
+        network = build_network(self.widths(data.split.dim), self.activation, data.streams("init"))
+        loss = Loss(network.to(data.compute.device), self.objective, data.split, data.compute, schedule.clamped_sigmoid)
+        try:
+            return network, train_network(loss, examples, schedule, data.streams("order"))
+        except Diverged as error:
+            return error
 
 
 @dataclass(frozen=True, eq=False)
 class FittedMLP:
     """A trained network."""
 
-    network: torch.nn.Module
+    network: torch.nn.Sequential
     compute: Compute
     history: Mapping[str, float | int | None]
 
     def score(self, split: Split) -> NDArray[np.float32]:
         """Proxy rewards [P, N] (logits)."""
         self.network.eval()
-        return score_in_chunks(split, self.score_rows, dtype=None)
+        return score_in_chunks(split, self.score_rows)
 
-    @torch.no_grad()
     def score_rows(self, embedding: Floats) -> Floats:
         """Proxy rewards [R] of embeddings [R, D]."""
-        return np.asarray(forward(self.network, embedding, self.compute).cpu().numpy())
+        return np.asarray(score_rows(self.network, embedding, self.compute).cpu().numpy())
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Weights and biases by layer."""

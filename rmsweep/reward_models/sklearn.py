@@ -23,6 +23,7 @@ from rmsweep.component import component
 from rmsweep.errors import ConfigError, DesignError, unknown
 from rmsweep.protocols import Examples
 from rmsweep.reward_models import TrainingData, score_in_chunks
+from rmsweep.reward_models._convert import gathered, widened
 from rmsweep.reward_models._history import history, split_examples
 
 CERTAIN = 40.0  # log odds where an estimator is certain: beyond the largest finite ones, -log 2^-53 = 36.7
@@ -123,7 +124,7 @@ class Sklearn:
         if len(np.unique(label)) < 2:
             return FittedSklearn(None, history(examples))
         estimator = self.build(int(data.streams("init").integers(2**31)))
-        estimator.fit(data.split.gather(examples.train.first), label)
+        estimator.fit(gathered(data.split, examples.train.first), label)
         return FittedSklearn(estimator, history(examples, epochs=_iterations(estimator)))
 
     def build(self, seed: int) -> Any:
@@ -150,6 +151,7 @@ class FittedSklearn:
         """Decision function or log odds [R] of embeddings [R, D]; a certain prediction counts as log odds +-40."""
         if self.estimator is None:
             return np.zeros(len(embedding))
+        embedding = widened(embedding)
         if hasattr(self.estimator, "decision_function"):
             return np.asarray(self.estimator.decision_function(embedding))
         with np.errstate(divide="ignore"):

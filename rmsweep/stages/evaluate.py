@@ -17,7 +17,7 @@ from rmsweep.reward_models import FittedModel
 from rmsweep.rng import stream
 from rmsweep.stages.annotate import reward_scale
 
-HISTORY = ("n_train", "n_validation", "epochs", "best_epoch", "train_loss", "validation_loss", "l2")
+HISTORY = ("n_train", "n_validation", "epochs", "best_epoch", "train_loss", "validation_loss", "l2", "learning_rate")
 T = TypeVar("T")
 
 

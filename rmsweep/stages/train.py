@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rmsweep.bank import Bank
 from rmsweep.cell import CellSpec
+from rmsweep.errors import Diverged
 from rmsweep.preferences import Preferences
 from rmsweep.reward_models import Compute, FittedModel, TrainingData
-from rmsweep.rng import Streams
+from rmsweep.rng import Streams, streams
 
 
 def train(
     spec: CellSpec, bank: Bank, preferences: Preferences, chance: Streams, compute: Compute, cache: dict[Any, Any]
 ) -> FittedModel:
     """Fit the cell's reward model on its preferences under its protocol; raises Diverged."""
-    return spec.reward_model.fit(
-        TrainingData(bank.train, preferences, spec.protocol, chance, compute, cache.setdefault("train", {}))
-    )
+    return spec.reward_model.fit(_data(spec, bank, preferences, chance, compute, cache))
+
+
+def train_together(
+    specs: Sequence[CellSpec], bank: Bank, preferences: Sequence[Preferences], compute: Compute, cache: dict[Any, Any]
+) -> Sequence[FittedModel | Diverged]:
+    """Fit cells of equal reward model and protocol in one stack; Diverged in the place of one that did."""
+    from rmsweep.reward_models._heads import fit_heads
+
+    data = [_data(s, bank, p, streams(s.values.seed), compute, cache) for s, p in zip(specs, preferences, strict=True)]
+    model: Any = specs[0].reward_model if specs else None
+    return fit_heads(model, data) if specs else []
+
+
+def _data(
+    spec: CellSpec, bank: Bank, preferences: Preferences, chance: Streams, compute: Compute, cache: dict[Any, Any]
+) -> TrainingData:
+    return TrainingData(bank.train, preferences, spec.protocol, chance, compute, cache.setdefault("train", {}))
