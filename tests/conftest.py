@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rmsweep import reward_models
 from rmsweep.bank import Bank
 from rmsweep.cell import GROUPS, CellSpec, build_cell
 from rmsweep.presets import Presets
@@ -65,3 +66,9 @@ def random_bank(rng: np.random.Generator, p=12, n=6, q=5, m=7, d=4) -> Bank:
         rng.standard_normal((q, m)),
         rng.standard_normal((q, m, d)).astype(np.float32),
     )
+
+
+@pytest.fixture
+def bf16_everywhere(monkeypatch):
+    """bf16 products also in networks so small that they would stay in fp32."""
+    monkeypatch.setattr(reward_models, "BF16_WEIGHTS", 0)

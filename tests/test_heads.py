@@ -18,6 +18,7 @@ from rmsweep.stages.annotate import annotate
 from rmsweep.store import Store
 
 CPU = Compute("cpu", "fp32")
+pytestmark = pytest.mark.usefixtures("bf16_everywhere")
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))
 # Largest difference of a cell's scores, in units of their spread. Sums are split otherwise in a stack.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.02}

@@ -147,6 +147,16 @@ def test_trials_keep_the_smallest_validation_loss(bank, monkeypatch):
         fit(bank)
 
 
+def test_small_networks_stay_in_fp32():
+    """Where the casts cost more than the products save, precision=bf16 is fp32: on every device, by widths alone."""
+    bf16 = Compute("cpu", "bf16")
+    assert bf16.of((64, 256, 128, 1)) == Compute("cpu", "fp32")
+    assert (
+        bf16.of((2048, 1024, 512, 1)) == bf16 == bf16.of((64, 1024, 1))
+        and Compute("cpu", "fp32").of((4096, 4096, 1))[1] == "fp32"
+    )
+
+
 def test_bf16_rewards_keep_their_last_digits():
     """The last layer is in fp32: rewards rounded to bf16 would tie within a prompt."""
     network = build_network((6, 16, 1), "relu", stream(0, "init"))
@@ -156,7 +166,7 @@ def test_bf16_rewards_keep_their_last_digits():
     assert (rewards.bfloat16().float() != rewards).float().mean() > 0.9
 
 
-def test_bf16_products_change_rewards_by_rounding_only(bank):
+def test_bf16_products_change_rewards_by_rounding_only(bank, bf16_everywhere):
     """precision=bf16: the same rows, steps and stopping; rewards differ by bf16 rounding and repeat bit for bit."""
     spec = make_spec(n_annotations=200, **{"reward_model.hidden": [16]})
     preferences = annotate(spec, bank, streams(0), {})

@@ -31,7 +31,7 @@ def world(study):
 
 
 @pytest.mark.parametrize("objective", ["bradley_terry", "classification"])
-def test_a_trajectory_is_the_products_training(study, world, objective):
+def test_a_trajectory_is_the_products_training(study, world, objective, bf16_everywhere):
     """Catches a study of another training loop than the one whose defaults it sets: losses, steps, batches."""
     condition = study.Condition("none", 200, 1.0, objective, 0)
     setting = study.Setting(1e-2, 32, weight_decay=1e-3, max_epochs=6)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -14,12 +15,19 @@ from rmsweep.preferences import Preferences
 from rmsweep.protocols import FitProtocol
 from rmsweep.rng import Streams
 
+BF16_WEIGHTS = 1 << 16  # the demo's 256 x 128 is below: fp32 takes 0.7 times as long there
+
 
 class Compute(NamedTuple):
     """Where and in what arithmetic a model is fitted: resolved once per sweep, part of the fingerprint."""
 
     device: str = "cpu"
     precision: str = "fp32"
+
+    def of(self, widths: Sequence[int]) -> Compute:
+        """Itself, or fp32 for a network D -> ... -> 1 without a layer of BF16_WEIGHTS: casts would cost more there."""
+        large = any(a * b >= BF16_WEIGHTS for a, b in itertools.pairwise(widths))
+        return self if large else Compute(self.device, "fp32")
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,8 +41,8 @@ def _mixes(objective: Objective) -> bool:
 
 def most_heads(model: Any, protocol: FitProtocol, n_annotations: int, dim: int, compute: Compute) -> int:
     """How many networks of a stack the device's free memory holds, 1 to MAX_HEADS."""
-    pointwise, low = model.objective.pointwise, compute.precision == "bf16"
-    widths = model.widths(dim)
+    pointwise, widths = model.objective.pointwise, model.widths(dim)
+    low = compute.of(widths).precision == "bf16"
     weights = sum((a + 1) * b for a, b in itertools.pairwise(widths))
     examples = max(protocol.schedule(2 * n_annotations, pointwise).batch, VALIDATION_EXAMPLES)
     number = 2 if low else 4

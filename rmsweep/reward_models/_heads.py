@@ -22,7 +22,7 @@ from rmsweep.bank import Ints
 from rmsweep.errors import Diverged
 from rmsweep.objectives import Objective
 from rmsweep.protocols import Examples, Schedule, SplitExamples
-from rmsweep.reward_models import FittedModel, TrainingData
+from rmsweep.reward_models import Compute, FittedModel, TrainingData
 from rmsweep.reward_models._stack import FittedHead, Rows, Scorer, Stack, exact_sums
 from rmsweep.reward_models._training import History, _stops, batches
 from rmsweep.reward_models.mlp import MLP, build_network
@@ -260,23 +260,24 @@ def fit_heads(model: MLP, data: Sequence[TrainingData]) -> list[FittedModel | Di
 def _fit(model: MLP, data: Sequence[TrainingData]) -> list[FittedModel | Diverged]:
     first, pointwise = data[0], model.objective.pointwise
     widths = model.widths(first.split.dim)
+    compute = first.compute.of(widths)
     heads = []
     for place, each in enumerate(data):
         examples = each.protocol.split(each.split, each.preferences, pointwise, each.streams("split"))
         schedule = each.protocol.schedule(len(examples.train), pointwise)
         history = History(schedule.learning_rate, schedule.weight_decay)
         heads.append(Head(place, examples, schedule, each.streams("order"), history))
-    stack = Stack([build_network(widths, model.activation, each.streams("init")) for each in data], first.compute)
-    training = Training(stack, heads, model.objective, _rows(first))
+    stack = Stack([build_network(widths, model.activation, each.streams("init")) for each in data], compute)
+    training = Training(stack, heads, model.objective, _rows(first, compute))
     ends = training.run()
     stack.parameters = training.kept
     scorer, sides = Scorer(stack), [head.examples for head in heads]
     return [e if isinstance(e, Diverged) else FittedHead(scorer, i, e.summary(sides[i])) for i, e in enumerate(ends)]
 
 
-def _rows(data: TrainingData) -> Rows:
-    key = ("rows", *data.compute)
+def _rows(data: TrainingData, compute: Compute) -> Rows:
+    key = ("rows", *compute)
     if key not in data.cache:
-        data.cache[key] = Rows(data.split, data.compute)
+        data.cache[key] = Rows(data.split, compute)
     rows: Rows = data.cache[key]
     return rows

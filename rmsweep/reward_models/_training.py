@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -100,11 +101,13 @@ def forward(network: torch.nn.Sequential, embedding: Floats, compute: Compute) -
     Products of the hidden layers in fp32, or in bf16 with fp32 weights and sums; the last layer always in fp32, since
     a reward rounded to bf16 ties with its neighbours.
     """
-    low = compute.precision == "bf16"
-    rows = tensor(embedding, torch.bfloat16 if low and len(network) > 1 else torch.float32, compute.device)
-    with torch.autocast(compute.device, torch.bfloat16, enabled=low):
-        hidden = network[:-1](rows)
-    reward: torch.Tensor = network[-1](hidden.float()).squeeze(-1)
+    *layers, last = network
+    low = compute.precision == "bf16" and bool(layers)
+    hidden = tensor(embedding, torch.bfloat16 if low else torch.float32, compute.device)
+    with torch.autocast(compute.device, torch.bfloat16) if low else contextlib.nullcontext():
+        for layer in layers:
+            hidden = layer(hidden)
+    reward: torch.Tensor = last(hidden.float()).squeeze(-1)
     return reward
 
 

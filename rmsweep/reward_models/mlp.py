@@ -59,14 +59,16 @@ class MLP:
         if not trained:
             raise next(trial for trial in trials if isinstance(trial, Diverged))
         network, history = min(trained, key=lambda trial: trial[1].lowest)
-        return FittedMLP(network, data.compute, history.summary(examples))
+        return FittedMLP(network, data.compute.of(self.widths(data.split.dim)), history.summary(examples))
 
     def _train(
         self, data: TrainingData, examples: SplitExamples, schedule: Schedule
     ) -> tuple[torch.nn.Sequential, History] | Diverged:
         """A network trained from the cell's initial weights, or how that ended: another trial may do better."""
-        network = build_network(self.widths(data.split.dim), self.activation, data.streams("init"))
-        loss = Loss(network.to(data.compute.device), self.objective, data.split, data.compute, schedule.clamped_sigmoid)
+        widths = self.widths(data.split.dim)
+        compute = data.compute.of(widths)
+        network = build_network(widths, self.activation, data.streams("init")).to(compute.device)
+        loss = Loss(network, self.objective, data.split, compute, schedule.clamped_sigmoid)
         try:
             return network, train_network(loss, examples, schedule, data.streams("order"))
         except Diverged as error:
