@@ -21,7 +21,7 @@ from typing import BinaryIO
 from rmsweep.errors import StoreError
 
 NO_LINK = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
-NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -64,7 +64,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     temporary = path.parent / temporary_name()
     try:
         with disk_errors(path):
-            with open(os.open(temporary, NEW_FILE, 0o666), "wb") as handle:
+            with open(os.open(temporary, NEW_FILE, 0o666), "w+b") as handle:
                 yield handle
                 handle.flush()
                 os.fsync(handle.fileno())
@@ -115,11 +115,17 @@ def fsync_file(path: Path) -> tuple[int, str]:
 
 def sha256(path: Path) -> tuple[int, str]:
     """Size and sha256 of a regular file, in blocks, never through a symbolic link at its end; raises OSError."""
-    state, size = hashlib.sha256(), 0
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as handle:
-        while block := handle.read(1 << 20):
-            state.update(block)
-            size += len(block)
+        return sha256_of(handle)
+
+
+def sha256_of(handle: BinaryIO) -> tuple[int, str]:
+    """Size and sha256 of an open file from its beginning; leaves it at its end."""
+    handle.seek(0)
+    state, size = hashlib.sha256(), 0
+    while block := handle.read(1 << 20):
+        state.update(block)
+        size += len(block)
     return size, state.hexdigest()
 
 

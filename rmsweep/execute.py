@@ -80,6 +80,7 @@ def run(
         raise DataError(plan.unknown or f"sweep {plan.name}: the data are not here, so nothing can be computed")
     plan.write(folder)
     results.mark_last(root, plan.name)
+    store.merge(cell.fingerprint for cell in cells)
     pending = _pending(cells, store, retry, plan.keep)
     job = Job(root, folder / "logs", plan.compute, plan.keep, _digests(plan.plugins), work)
     bar = Progress(plan.name, len({cell.fingerprint for cell in pending}), folder, show=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, Arm
 BF16_CAPABILITY = 8.0  # Ampere
+TRIES = 3  # a driver under load may time out once
 
 
 def has_cuda() -> bool:
@@ -52,11 +54,12 @@ def _nvidia_smi(*arguments: str) -> str:
     tool = shutil.which("nvidia-smi")
     if tool is None or os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
         return ""
-    try:
-        found = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return found.stdout if found.returncode == 0 else ""
+    for _ in range(TRIES):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            found = subprocess.run([tool, *arguments], capture_output=True, text=True, timeout=20, check=False)
+            if found.returncode == 0:
+                return found.stdout
+    return ""
 
 
 def _number(text: str) -> float:

@@ -6,6 +6,7 @@ rows are read when asked for, one part at a time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -38,6 +39,13 @@ class Found(NamedTuple):
     order: tuple[Any, ...]
     small: tuple[Any, ...]
     rows: list[Row]
+
+
+class Chosen(NamedTuple):
+    """The row of one cell that counts, and its small columns."""
+
+    row: Row
+    small: tuple[Any, ...]
 
 
 class Gone(Exception):
@@ -86,15 +94,14 @@ class Files:
 
     def sound(self, concerns: Callable[[Path], bool]) -> Iterator[bytes]:
         """The verified bytes of every part that `concerns` us."""
-        names: list[str] = []
-        self.fresh(names.append)
-        for name in names:
-            try:
-                data = self.read(name) if concerns(self.folder / name) else None
-            except FileNotFoundError:
-                continue
-            if data is not None:
-                yield data
+        seen: set[str] = set()
+        while new := sorted(set(self.names()) - seen):  # as in `fresh`, each read before the next listing
+            seen |= set(new)
+            for name in new:
+                with contextlib.suppress(FileNotFoundError):
+                    data = self.read(name) if concerns(self.folder / name) else None
+                    if data is not None:
+                        yield data
 
 
 class Parts(Files):
@@ -134,10 +141,17 @@ class Parts(Files):
 
     def choose(self, wanted: Set[str]) -> dict[str, Row]:
         """Fingerprint -> its one row: a pure function of the rows in the parts. Raises Gone."""
+        return {key: cell.row for key, cell in self.pick(wanted).items()}
+
+    def pick(self, wanted: Set[str]) -> dict[str, Chosen]:
+        """Fingerprint -> its one row with the small columns, of one listing. Raises Gone."""
         found = self.find(wanted)
         digests = self._digests(row for cell in found.values() if len(cell.rows) > 1 for row in cell.rows)
         self.conflicts |= {key for key, cell in found.items() if len({digests.get(row) for row in cell.rows}) > 1}
-        return {key: min(cell.rows, key=lambda row: (digests.get(row, ""), row)) for key, cell in found.items()}
+        return {
+            key: Chosen(min(cell.rows, key=lambda row: (digests.get(row, ""), row)), cell.small)
+            for key, cell in found.items()
+        }
 
     def take(self, rows: Sequence[Row], columns: Sequence[str] | None = None) -> pa.Table:
         """These rows in this order; every part is opened once. Raises Gone."""

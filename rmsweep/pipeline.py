@@ -82,11 +82,20 @@ def run_cells(
     the device is the CPU, where nothing is gained by it.
     """
     together = compute.device != "cpu" if together is None else together
-    for group in _groups(specs, bank, compute) if together else [[i] for i in range(len(specs))]:
+    for group in _sound_groups(specs, bank, compute) if together else [[i] for i in range(len(specs))]:
         stack = _Together([specs[i] for i in group], bank, compute, cache, keep)
         for place, i in enumerate(group):
             alone = partial(run_cell, specs[i], bank, compute, cache, keep)
             yield i, alone if len(group) == 1 else partial(stack.outcome, place)
+
+
+def _sound_groups(specs: Sequence[CellSpec], bank: Bank, compute: Compute) -> list[list[int]]:
+    """As `_groups`; every cell alone where a cell cannot be grouped, so that it fails alone."""
+    try:
+        return _groups(specs, bank, compute)
+    except Exception as error:
+        warnings.warn(f"{len(specs)} cells are run one by one, not in stacks: {error!r}", stacklevel=2)
+        return [[i] for i in range(len(specs))]
 
 
 def _groups(specs: Sequence[CellSpec], bank: Bank, compute: Compute) -> list[list[int]]:

@@ -46,11 +46,15 @@ ROW_GROUP = 1024  # rows in memory at once
 
 
 class Tables(NamedTuple):
-    """What was written: path of results.parquet, its rows by status, and how many planned cells have no row yet."""
+    """What was written: path of results.parquet, its rows by status, how many planned cells have no row yet.
+
+    files: size and sha256 of every table, taken of the very bytes that were written.
+    """
 
     results: Path
     counts: dict[str, int]
     n_missing: int
+    files: dict[str, list[Any]]
 
 
 # -- making the tables -------------------------------------------------------------------------------------
@@ -73,8 +77,9 @@ def current(folder: Path, store: Store) -> Tables | None:
     """
     try:
         known = json.loads(atomic.read(folder / SEAL))
-        same = known["seal"] == seal(folder, store) and known["files"] == _digests(folder)
-        return Tables(folder / "results.parquet", known["counts"], known["n_missing"]) if same else None
+        found = {name: list(atomic.sha256(folder / f"{name}.parquet")) for name in TABLES}
+        same = known["seal"] == seal(folder, store) and known["files"] == found
+        return Tables(folder / "results.parquet", known["counts"], known["n_missing"], found) if same else None
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, Gone):
         return None
 
@@ -91,38 +96,39 @@ def seal(folder: Path, store: Store) -> str:
     return digest([SCHEMA_VERSION, ROW_GROUP, atomic.sha256(folder / "plan.parquet"), repr(rows)])
 
 
-def _digests(folder: Path) -> dict[str, list[Any]]:
-    """Size and sha256 of the three tables."""
-    return {name: list(atomic.sha256(folder / f"{name}.parquet")) for name in TABLES}
-
-
 def _assemble(cells: Sequence[PlannedCell], store: Store, folder: Path) -> Tables:
     wanted = {cell.fingerprint for cell in cells if cell.reason is None}
-    place, states = store.record_parts.choose(wanted), store.states(wanted)
+    chosen, files = store.record_parts.pick(wanted), dict[str, list[Any]]()
+    place = {key: cell.row for key, cell in chosen.items()}
     ordered = sorted(cells, key=_order)
     rows = [cell for cell in ordered if cell.reason is not None or cell.fingerprint in place]
-    _write_costs(ordered, store, folder / "costs.parquet")
-    _write_results(rows, store, place, folder)
-    found = Counter("skipped" if c.reason is not None else states[c.fingerprint].status for c in rows)
+    _write_costs(ordered, store, folder, files)
+    _write_results(rows, store, place, folder, files)
+    found = Counter("skipped" if c.reason is not None else chosen[c.fingerprint].small[1] for c in rows)
     counts = {status: found[status] for status in ("done", "failed", "diverged", "skipped")}
-    return Tables(folder / "results.parquet", counts, len(cells) - len(rows))
+    return Tables(folder / "results.parquet", counts, len(cells) - len(rows), files)
 
 
 def write_seal(folder: Path, tables: Tables, sealed: str) -> None:
-    """Write tables.json: what the tables were made from, and their checksums; `current` reads it."""
-    state = {"seal": sealed, "files": _digests(folder), "counts": tables.counts, "n_missing": tables.n_missing}
+    """Write tables.json: what the tables were made from, and their checksums; `current` reads it.
+
+    The checksums are those of what this driver wrote: another one may have replaced the files since.
+    """
+    state = {"seal": sealed, "files": tables.files, "counts": tables.counts, "n_missing": tables.n_missing}
     atomic.replace(folder / SEAL, (json.dumps(state, indent=1, sort_keys=True) + "\n").encode())
 
 
-def _write_results(rows: Sequence[PlannedCell], store: Store, place: Mapping[str, Row], folder: Path) -> None:
+def _write_results(
+    rows: Sequence[PlannedCell], store: Store, place: Mapping[str, Row], folder: Path, files: dict[str, list[Any]]
+) -> None:
     """results.parquet and prompts.parquet side by side; results last: who sees it finds the others."""
     labels, seen = _label_columns(rows), set[str]()
     schema = pa.schema(
         [STATUS_FIELDS[0], *((k, v.type) for k, v in labels.items()), *STATUS_FIELDS[1:], *METRIC_FIELDS]
     )
     with (
-        _table_file(folder / "results.parquet", schema) as results,
-        _table_file(folder / "prompts.parquet", arrow(PROMPTS)) as prompts,
+        _table_file(folder, "results", schema, files) as results,
+        _table_file(folder, "prompts", arrow(PROMPTS), files) as prompts,
     ):
         for start in range(0, len(rows), ROW_GROUP):
             part = rows[start : start + ROW_GROUP]
@@ -142,24 +148,26 @@ def _first(keys: pa.ChunkedArray, seen: set[str]) -> pa.Array:
     return pa.array(mask, pa.bool_())
 
 
-def _write_costs(ordered: Iterable[PlannedCell], store: Store, path: Path) -> None:
+def _write_costs(ordered: Iterable[PlannedCell], store: Store, folder: Path, files: dict[str, list[Any]]) -> None:
     """costs.parquet: the last attempt of every cell, in the order of results.parquet."""
     place = store.cost_parts.choose({cell.fingerprint for cell in ordered if cell.reason is None})
     rows = [place[key] for key in dict.fromkeys(cell.fingerprint for cell in ordered) if key in place]
-    with _table_file(path, arrow(COSTS)) as file:
+    with _table_file(folder, "costs", arrow(COSTS), files) as file:
         for start in range(0, len(rows), ROW_GROUP):
             file.write_table(store.cost_parts.take(rows[start : start + ROW_GROUP]))
 
 
 @contextlib.contextmanager
-def _table_file(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
-    """A Parquet file that takes the place of `path` when the block ends without an error; pages have checksums."""
+def _table_file(folder: Path, name: str, schema: pa.Schema, files: dict[str, list[Any]]) -> Iterator[pq.ParquetWriter]:
+    """A table that takes the place of the one before when the block ends without an error; pages have checksums.
+
+    Its size and sha256 go into `files` under its name.
+    """
     schema = schema.with_metadata({"rmsweep.schema_version": str(SCHEMA_VERSION)})
-    with (
-        atomic.replacing(path) as handle,
-        pq.ParquetWriter(handle, schema, compression="zstd", write_page_checksum=True) as writer,
-    ):
-        yield writer
+    with atomic.replacing(folder / f"{name}.parquet") as handle:
+        with pq.ParquetWriter(handle, schema, compression="zstd", write_page_checksum=True) as writer:
+            yield writer
+        files[name] = list(atomic.sha256_of(handle))
 
 
 def _results(cells: Sequence[PlannedCell], labels: Mapping[str, pa.Array], records: pa.Table) -> pa.Table:

@@ -204,13 +204,14 @@ class Store:
     def merge(self, fingerprints: Iterable[str]) -> None:
         """Merge the small parts of these cells where there are many, as after many kills; the old ones go last.
 
-        So the number of files is bounded by cells / MERGE_TO, whatever happened on the way.
+        Done when a run begins and when its tables are made, so files stay bounded by units and MERGE_TO; kept arrays
+        are not merged. A disk that refuses leaves the parts as they are.
         """
         wanted = set(fingerprints)
         for kind, parts in (("costs", self.cost_parts), ("results", self.record_parts)):
             small = parts.small_parts(wanted, MERGE_BELOW)
             for group in _grouped(small, parts.n_rows) if len(small) > MANY_SMALL else []:
-                with contextlib.suppress(Gone):  # another driver was first
+                with contextlib.suppress(Gone, StoreError):  # another driver was first; what is there is enough
                     data = parquet(parts.merged(group))
                     new = self._part(kind, digest(group), data, "parquet")
                     self.discard(path for name in group if (path := parts.folder / name) != new)

@@ -36,7 +36,7 @@ from rmsweep.engines.local import Local
 from rmsweep.plan import Plan, make, sweep_folder
 from rmsweep.presets import Presets
 from rmsweep.rng import stream
-from rmsweep.runner import pipeline, warm
+from rmsweep.runner import one_thread, pipeline, warm
 from rmsweep.store import Store
 
 PUBLISHED = "as published: about 6,000 core-hours reported by the authors; one network per cell, modelled: 933"
@@ -167,7 +167,8 @@ def build_banks(sample: Plan, root: Path) -> dict[str, float]:
         raise SystemExit(f"{needed / 1e9:.1f} GB of banks do not fit on {root} ({free / 1e9:.1f} GB free)")
     for bank in missing:
         start = time.perf_counter()
-        store.build_bank(bank, lambda folder, bank=bank: pipeline.build(configs[bank], folder))
+        with one_thread():  # as a worker builds it
+            store.build_bank(bank, lambda folder, bank=bank: pipeline.build(configs[bank], folder))
         spent = {"bank_seconds": spent["bank_seconds"] + time.perf_counter() - start, "banks": spent["banks"] + 1}
     return spent
 

@@ -32,7 +32,7 @@ def lines() -> list[str]:
     rows.append(("  config.yaml", first_line(ROOT / "conf" / "config.yaml")))
     for group in sorted(p for p in (ROOT / "conf").iterdir() if p.is_dir()):
         rows.append((f"  {group.name}/", options(group)))
-    for folder in ("rmsweep", "scripts", "tests"):
+    for folder in ("docs", "rmsweep", "scripts", "tests"):
         rows += walk(ROOT / folder, 0)
     rows.append((".ci/run", first_line(ROOT / ".ci" / "run")))
     return [f"{name:<{WIDTH}}{text}".rstrip() for name, text in rows]
@@ -42,7 +42,7 @@ def walk(folder: Path, depth: int) -> list[tuple[str, str]]:
     """Rows of a package: its own line first, then files, then sub-packages."""
     pad, init = "  " * depth, folder / "__init__.py"
     rows = [(f"{pad}{folder.name}/", first_line(init) if init.exists() else "")]
-    files = sorted(p for p in folder.glob("*.py") if p.name != "__init__.py")
+    files = sorted(p for p in folder.glob("*.*") if p.suffix in (".py", ".md") and p.name != "__init__.py")
     rows += [(f"{pad}  {p.name}", first_line(p)) for p in files]
     packages = sorted(p for p in folder.iterdir() if p.is_dir() and list(p.glob("*.py")))
     return rows + [row for p in packages for row in walk(p, depth + 1)]

@@ -101,3 +101,11 @@ def test_shapes_must_agree():
     """Catches broadcasting of one prompt's scores over all prompts."""
     with pytest.raises(DataError, match="both be"):
         best_of_n(np.zeros((1, 3)), np.zeros((2, 3)))
+
+
+def test_scores_of_any_number_type():
+    """Unsigned and boolean scores have an order too; catches a negation that wraps around."""
+    golden = np.array([[0.0, 1.0, 2.0]])
+    for kind in (np.uint8, np.int64, np.float32):
+        np.testing.assert_allclose(best_of_n(np.array([[0, 1, 2]], kind), golden), [1, 5 / 3, 2])
+    np.testing.assert_allclose(best_of_n(np.array([[False, False, True]]), golden)[-1], 2)

@@ -185,6 +185,7 @@ def test_plan_text_states():
     plan = tiny_plan(axes={"seed": [0, 1, 2]}, exclude=[{"seed": 2}])
     states = {plan.cells[0].fingerprint: "done", plan.cells[1].fingerprint: "failed"}
     text = render.plan_text(plan, states)
+    assert "axes: 3 seed\n" in text
     assert "3 cells  (0 new, 1 done, 1 failed, 1 skipped)" in text and "excluded by sweep.exclude: seed=2" in text
     assert "not known yet" in render.cost_text(plan, {}, None, Path("outputs"))
     assert "nothing is new" in render.cost_text(plan, states, None, Path("outputs"))

@@ -95,6 +95,17 @@ def test_the_fast_preset_learns_and_repeats(bank):
     assert not np.array_equal(scores[0], scores[1]) and np.corrcoef(scores[0], scores[1])[0, 1] > 0.8
 
 
+def test_presets_share_a_unit_without_sharing_bins(bank):
+    """Catches a binned bank that is found under the wrong settings: both presets in one unit equal each alone."""
+    preferences = labelled(bank, 400, np.random.default_rng(1))
+    models = [make_spec(reward_model=name).reward_model for name in ("clf_lgb", "clf_lgb_fast")]
+    alone = [m.fit(training(bank, preferences, 300)).booster.model_to_string() for m in models]
+    cache: dict = {}
+    for _ in range(3):
+        assert [m.fit(training(bank, preferences, 300, cache)).booster.model_to_string() for m in models] == alone
+    assert len(cache) == 2
+
+
 def test_the_whole_bank_is_binned_only_when_it_pays(bank):
     """A single cell never pays for the whole bank; many cells pay once."""
     binned = BinnedBank(bank.train, LGB()._dataset_params())

@@ -118,15 +118,19 @@ def test_collapsed_mirror_copies_are_the_same_loss(bank):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("n", [1000, 5000, 10_000, 20_000, 40_000])
+@pytest.mark.parametrize("n", [1000, 5000, 6400, 10_000, 12_800, 20_000, 32_000, 40_000])
 def test_collapsed_epochs_have_as_many_steps(n):
-    """At the papers' quantities: an epoch takes the published number of steps at 0.6 times the examples."""
+    """An epoch takes the published number of steps, however many comparisons the split happens to leave."""
     released = make_spec(protocol="released").protocol
     collapsed = make_spec(protocol="released", **{"protocol.collapse_mirror": True}).protocol
-    copies, comparisons = round(1.6 * n), round(0.96 * n)
-    steps = [-(-m // p.schedule(m, False).batch) for p, m in ((released, copies), (collapsed, comparisons))]
-    assert steps[0] == steps[1]
-    assert collapsed.schedule(copies, True) == released.schedule(copies, True)  # nothing to collapse in rows
+    copies = 2 * n - int(np.ceil(0.4 * n))
+    published = len(list(training.batches(copies, released.schedule(copies, False), stream(0, "o"))))
+    for left in (round(0.96 * n) - 90, round(0.96 * n), round(0.96 * n) + 90):
+        schedule = collapsed.schedule(left, False, float(copies))
+        drawn = list(training.batches(left, schedule, stream(0, "o")))
+        assert len(drawn) == published and {len(b) for b in drawn} == {schedule.batch}
+        assert schedule.batch == pytest.approx(min(10_240, copies) * left / copies, abs=1)
+    assert collapsed.schedule(copies, True, float(copies)) == released.schedule(copies, True)  # no copies of rows
 
 
 def test_trials_keep_the_smallest_validation_loss(bank, monkeypatch):

@@ -131,6 +131,18 @@ def test_tables_that_are_current_are_left_alone(tmp_path):
     assert fake_run(fake_plan(5), tmp_path).counts["done"] == 5 and len(results.load(folder)) == 5
 
 
+def test_a_slower_driver_cannot_be_sealed_as_current(tmp_path):
+    """Two drivers: one chose its rows early and replaces the table of the other before that one seals its own."""
+    fake_run(fake_plan(6), tmp_path)
+    folder, cells, store = tmp_path / "sweeps" / "s", fake_plan(6).cells, Store(tmp_path)
+    sealed, mine = results.seal(folder, store), results.assemble(cells, store, folder)
+    fill(tmp_path / "early", fake_plan(3), list, 3)
+    results.assemble(cells, Store(tmp_path / "early"), folder)  # the slower one's table: three rows
+    results.write_seal(folder, mine, sealed)
+    assert results.current(folder, Store(tmp_path)) is None
+    assert fake_run(fake_plan(6), tmp_path).counts["done"] == 6 and len(results.load(folder)) == 6
+
+
 @pytest.mark.parametrize(
     ("values", "kind"),
     [

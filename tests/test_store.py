@@ -342,3 +342,22 @@ def test_parts_of_an_older_version_lack_new_columns(store):
     found = store.records([key(0)])
     assert found["learning_rate"].to_pylist() == [None] and found["status"].to_pylist() == ["done"]
     assert not store.corrupt
+
+
+def test_kept_arrays_of_a_part_replaced_while_reading(store, monkeypatch):
+    """Catches arrays that vanish because a worker's flush replaced their part after the folder was listed."""
+
+    def publish(unit, *cells):
+        arrays = {f"{key(i)}/scores": np.full(2, float(i)) for i in cells}
+        return store.publish_part(digest(unit), [record(i) for i in cells], [cost(i) for i in cells], arrays)
+
+    files, read, done = [*publish("a", 0), *publish("b", 1)], store._kept.read, []
+
+    def replacing(name):
+        if not done:
+            done.append(publish("b", 1, 2))
+            store.discard(path for path in files if path.parent.name == "kept" and path.name != name)
+        return read(name)
+
+    monkeypatch.setattr(store._kept, "read", replacing)
+    assert {name.partition("/")[0] for name in store._kept_names()} >= {key(1), key(2)} and done

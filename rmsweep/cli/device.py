@@ -23,7 +23,8 @@ def resolve_compute(device: str, precision: str, pinned: Compute | None = None, 
     if device == "auto":
         device = pinned.device if pinned else ("cuda" if hardware.has_cuda() else "cpu")
     if precision == "auto":
-        precision = pinned.precision if pinned else ("bf16" if hardware.has_bf16(device) else "fp32")
+        own = "bf16" if hardware.has_bf16(device) else "fp32"
+        precision = pinned.precision if pinned and pinned.device == device else own
     found = Compute(device, precision)
     trouble = hardware.problem(*found) if here else None
     if trouble is not None:

@@ -34,8 +34,19 @@ def plan_text(plan: Plan, states: Mapping[str, str], *, short: bool = False) -> 
     reasons = Counter(str(c.reason) for c in plan.cells if c.reason is not None)
     lines += [f"  skipped {count:,}: {reason}" for reason, count in reasons.most_common(3 if short else 20)]
     if not short:
+        lines[1:1] = _axes(plan)
         lines.append(_artefacts(plan))
     return "\n".join(lines)
+
+
+def _axes(plan: Plan) -> list[str]:
+    """What varies, and over how many values; nothing for a single cell."""
+    values: dict[str, set[str]] = {}
+    for cell in plan.cells:
+        for name, value in cell.labels.items():
+            values.setdefault(name, set()).add(repr(value))
+    varied = [f"{len(found)} {name}" for name, found in values.items() if len(found) > 1]
+    return ["axes: " + " x ".join(varied)] if varied else []
 
 
 def count_states(plan: Plan, states: Mapping[str, str]) -> Counter[str]:

@@ -76,5 +76,8 @@ def pick(score: Floats, golden: Floats) -> Pick:
 def _golden_by_score(part: Group) -> NDArray[np.float64]:
     """Golden rewards [G, m] from the highest score to the lowest, averaged over tied scores."""
     order = np.argsort(-part.score, axis=1)
-    score, golden = np.take_along_axis(part.score, order, axis=1), np.take_along_axis(part.golden, order, axis=1)
+    score = np.take_along_axis(part.score, order, axis=1)
+    tied = np.flatnonzero((score[:, 1:] == score[:, :-1]).any(axis=1))
+    order[tied] = np.argsort(-part.score[tied], axis=1, kind="stable")  # so that sums over ties have one order
+    golden = np.take_along_axis(part.golden, order, axis=1)
     return tie_means(score, golden)

@@ -13,7 +13,7 @@ from rmsweep.errors import DataError, Diverged
 
 
 class Group(NamedTuple):
-    """Prompts with m responses each: indices [G], scores in their own type and golden rewards float64 [G, m]."""
+    """Prompts with m responses each: indices [G], scores in their own float type and golden rewards float64 [G, m]."""
 
     prompts: Ints
     score: NDArray[np.floating[Any]]
@@ -32,6 +32,7 @@ def groups(score: Floats, golden: Floats) -> Iterator[Group]:
     DataError on unequal shapes, Diverged on a score of a response that is not finite.
     """
     score, golden = np.asarray(score), np.asarray(golden)
+    score = score if score.dtype.kind == "f" else score.astype(np.float64)
     if score.shape != golden.shape or golden.ndim != 2:
         raise DataError(f"scores {score.shape} and golden rewards {golden.shape} must both be [prompts, responses]")
     valid = np.isfinite(golden)

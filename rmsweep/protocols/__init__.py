@@ -57,8 +57,9 @@ class Schedule:
     """How an iterative model is trained on given examples.
 
     learning_rate of Adam; `batch` examples per step; an epoch is a `pass` over all examples, or as many `resample`d
-    batches (each a new random subset); stop when validation is worse than `each_previous` of the last `patience`
-    epochs, or has not beaten the `best` for `patience` epochs; `restore_best` keeps the best epoch's weights.
+    batches (each a new random subset; `steps` of them where that is given); stop when validation is worse than
+    `each_previous` of the last `patience` epochs, or has not beaten the `best` for `patience` epochs; `restore_best`
+    keeps the best epoch's weights.
     `trials` are (learning_rate, weight_decay) pairs to train with in turn, each from the same initial weights and the
     same stream of batches; the one with the smallest best validation loss is kept (ties: the first). Empty: the
     schedule's own pair alone.
@@ -74,6 +75,7 @@ class Schedule:
     clamped_sigmoid: bool = False
     weight_decay: float = 0.0
     trials: tuple[tuple[float, float], ...] = ()
+    steps: int | None = None
 
     def each_trial(self) -> tuple[Schedule, ...]:
         """One schedule per trial; the schedule itself where it asks for none."""
@@ -91,8 +93,8 @@ class FitProtocol(Protocol):
         """Training and validation examples; `rng` is the stream "split"."""
         ...
 
-    def schedule(self, n_train: int, pointwise_rows: bool) -> Schedule:
-        """Batch, learning rate and stopping for `n_train` training examples."""
+    def schedule(self, n_train: int, pointwise_rows: bool, mass: float | None = None) -> Schedule:
+        """Batch, learning rate and stopping for `n_train` training examples; mass: the sum of their weights."""
         ...
 
 

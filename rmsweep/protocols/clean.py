@@ -77,7 +77,7 @@ class Clean:
         held_out[used[np.argsort(key[used])[:n]]] = True
         return held_out
 
-    def schedule(self, n_train: int, pointwise_rows: bool) -> Schedule:
+    def schedule(self, n_train: int, pointwise_rows: bool, mass: float | None = None) -> Schedule:
         """Equal numbers of steps for pairs and rows: a batch holds the same number of comparisons."""
         rows = 2 if pointwise_rows else 1
         small = max(MIN_BATCH, n_train // rows // self.min_steps)

@@ -59,7 +59,7 @@ class Converged:
         """Training and validation examples, clean's; `rng`: stream "split"."""
         return self.clean.split(split, preferences, pointwise_rows, rng)
 
-    def schedule(self, n_train: int, pointwise_rows: bool) -> Schedule:
+    def schedule(self, n_train: int, pointwise_rows: bool, mass: float | None = None) -> Schedule:
         """Clean's, with every (learning_rate, weight_decay) of the two lists as a trial."""
         trials = tuple(itertools.product(self.learning_rates, self.weight_decays))
         schedule = self.clean.schedule(n_train, pointwise_rows)

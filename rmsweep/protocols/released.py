@@ -21,13 +21,14 @@ class Released:
 
     prompt_order: `file` uses the first prompts, whatever the seed. mirror: a Bradley-Terry pair enters twice, once in
     each order (same loss; the split then leaks, see unit_of_split). collapse_mirror: the copies of a pair on one side
-    of the split are one example that counts as often, steps per epoch as before: the same mean loss and the same leak
-    at 0.6 times the work (for objectives that see a pair's order through p only). unit_of_split: what the random split
-    deals out: `example` as released, `comparison`, or `prompt`. epoch: `resample` draws every batch anew, so an epoch
-    visits about two thirds to all rows; `pass` visits each once. stop: `each_previous` compares the newest validation
-    loss with each of the last `patience` ones, `best` with the best. restore_best: false keeps the last weights.
-    clamped_sigmoid: the loss is taken of sigma(r) with log clamped at -100, not of the logit. Ensemble members that the
-    released evaluator never reads are not trained; the split, unseeded there, comes from the cell's stream "split".
+    of the split are one example that counts as often, steps per epoch as before: the same mean loss (but for the clamp
+    beyond margins of 17) and the same leak at 0.6 times the work, with noisier batches where an epoch has several.
+    unit_of_split: what the random split deals out: `example` as released, `comparison`, or `prompt`. epoch: `resample`
+    draws every batch anew, so an epoch visits about two thirds to all rows; `pass` visits each once. stop:
+    `each_previous` compares the newest validation loss with each of the last `patience` ones, `best` with the best.
+    restore_best: false keeps the last weights. clamped_sigmoid: the loss is taken of sigma(r) with log clamped at -100,
+    not of the logit. Ensemble members that the released evaluator never reads are not trained; the split, unseeded
+    there, comes from the cell's stream "split".
     """
 
     prompt_order: Literal["file", "shuffled"] = "file"
@@ -68,14 +69,14 @@ class Released:
     def _collapses(self, pointwise_rows: bool) -> bool:
         return self.mirror and self.collapse_mirror and not pointwise_rows
 
-    def schedule(self, n_train: int, pointwise_rows: bool) -> Schedule:
+    def schedule(self, n_train: int, pointwise_rows: bool, mass: float | None = None) -> Schedule:
         """The published numbers; `batch` counts rows (CLF) or ordered pairs (BT), collapsed ones by what they weigh."""
-        batch = self.batch
-        if self._collapses(pointwise_rows):  # share of the ordered pairs that are left: as many steps per epoch
-            batch = round(batch * ((1 + self.validation_fraction) / 2 if self.unit_of_split == "example" else 0.5))
+        copies = n_train if mass is None else round(mass)
+        batch = min(self.batch, copies)
         return Schedule(
             learning_rate=self.learning_rate,
-            batch=min(batch, n_train),
+            batch=max(1, round(batch * n_train / copies)) if copies else 0,
+            steps=-(-copies // batch) if copies != n_train else None,
             max_epochs=self.max_epochs,
             patience=self.patience,
             epoch=self.epoch,

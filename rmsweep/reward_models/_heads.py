@@ -264,7 +264,7 @@ def _fit(model: MLP, data: Sequence[TrainingData]) -> list[FittedModel | Diverge
     heads = []
     for place, each in enumerate(data):
         examples = each.protocol.split(each.split, each.preferences, pointwise, each.streams("split"))
-        schedule = each.protocol.schedule(len(examples.train), pointwise)
+        schedule = each.protocol.schedule(len(examples.train), pointwise, examples.train.mass)
         history = History(schedule.learning_rate, schedule.weight_decay)
         heads.append(Head(place, examples, schedule, each.streams("order"), history))
     stack = Stack([build_network(widths, model.activation, each.streams("init")) for each in data], compute)

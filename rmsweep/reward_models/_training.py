@@ -146,7 +146,7 @@ def batches(n: int, schedule: Schedule, rng: np.random.Generator) -> Iterator[In
         order = rng.permutation(n)
         yield from np.split(order, range(schedule.batch, n, schedule.batch))
     else:
-        for _ in range(-(-n // schedule.batch)):
+        for _ in range(schedule.steps or -(-n // schedule.batch)):
             yield rng.permutation(n)[: schedule.batch]
 
 

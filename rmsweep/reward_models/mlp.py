@@ -53,7 +53,7 @@ class MLP:
     def fit(self, data: TrainingData) -> FittedMLP:
         """Train under the protocol's split and schedule, once per trial of the schedule; raises Diverged."""
         examples = data.protocol.split(data.split, data.preferences, self.objective.pointwise, data.streams("split"))
-        schedule = data.protocol.schedule(len(examples.train), self.objective.pointwise)
+        schedule = data.protocol.schedule(len(examples.train), self.objective.pointwise, examples.train.mass)
         trials = [self._train(data, examples, trial) for trial in schedule.each_trial()]
         trained = [trial for trial in trials if not isinstance(trial, Diverged)]
         if not trained:
