@@ -1,10 +1,11 @@
 """Planner, store and runner at scale: seconds, memory, files and overhead per cell, each beside its bar.
 
-    python scripts/bench_scale.py [--cells 12960] [--planned 100000] [--workers 2] [--real 360] [--quick] [--json FILE]
+    python scripts/bench_scale.py [--cells 12960] [--planned 100000] [--workers 2] [--real 216] [--quick] [--json FILE]
 
 Every command line is run for real in a process of its own. "Overhead" is all processor time of `rmsweep run` on the
 real pipeline (banks, annotation, metrics, records, tables, start-up) with reward models that neither fit nor score:
-this file is the plug-in that holds them. --real times cells of paper/full with its own reward models.
+this file is the plug-in that holds them. --real times cells of paper/full with its own reward models; --real 12960
+runs them all in one `rmsweep run`, then plans and runs the finished sweep again.
 """
 
 from __future__ import annotations
@@ -195,12 +196,11 @@ def tables_at_full_size(n_cells: int, root: Path) -> dict[str, float]:
 
 
 def real(n_cells: int, workers: int, root: Path) -> dict[str, Any]:
-    """Real cells of paper/full at size tiny on one bank, every level but few betas; what the whole would take."""
+    """Real cells of paper/full at size tiny: all of them, or some of one bank and what the whole would take."""
     import pandas as pd
 
-    values = ",".join(map(str, betas(n_cells)))
-    words = [*FULL, "seed=0", "base_llm=sim_2b", "dataset=sim_helpful", f"beta={values}", f"engine.workers={workers}"]
-    used = rmsweep("run", *words, f"root={root}")
+    words = [*grid(n_cells), f"engine.workers={workers}", f"root={root}"]
+    used = rmsweep("run", *words)
     (path,) = root.glob("sweeps/*/costs.parquet")
     costs = pd.read_parquet(path).merge(
         pd.read_parquet(path.with_name("results.parquet"), columns=["cell_id", "reward_model"]), on="cell_id"
@@ -208,6 +208,7 @@ def real(n_cells: int, workers: int, root: Path) -> dict[str, Any]:
     stages = [f"seconds_{name}" for name in ("annotate", "train", "evaluate")]
     mean = costs.groupby("reward_model")[stages].mean()
     total = float(costs[stages].sum(axis=1).mean())
+    whole = finished(words, used, root) if n_cells >= 5 * PER_SEED else {}
     return {
         "cells": len(costs),
         "run_seconds": used.wall,
@@ -217,6 +218,21 @@ def real(n_cells: int, workers: int, root: Path) -> dict[str, Any]:
         "worker_peak_mib": float(costs["peak_memory_mib"].max()),
         "whole_grid_minutes_wall": 12_960 * total / workers / 60,  # on this machine as busy as it is
         "whole_grid_minutes": 12_960 * used.cpu / len(costs) / workers / 60,  # start-up counted with every cell
+        **whole,
+    }
+
+
+def finished(words: Sequence[str], run: Used, root: Path) -> dict[str, float]:
+    """The whole grid by the clock; planning it and running it again when it is done."""
+    plan, again = rmsweep("plan", *words), rmsweep("run", *words)
+    if "; 0 computed" not in again.text:
+        raise SystemExit(f"the same command computed again:\n{again.text}")
+    return {
+        "whole_grid_minutes": run.wall / 60,
+        "driver_peak_mib": run.peak_mib,
+        "plan_seconds": plan.wall,
+        "again_seconds": again.wall,
+        "files": n_files(root),
     }
 
 
@@ -290,6 +306,10 @@ BARS: tuple[tuple[str, str, float], ...] = (  # section, figure, at most
     ("tables_at_full_size", "assemble_peak_mib", 1.5 * 1024),
     ("real", "whole_grid_minutes", 60),
     ("real", "worker_peak_mib", 1.5 * 1024),
+    ("real", "driver_peak_mib", 1.5 * 1024),
+    ("real", "plan_seconds", 10),
+    ("real", "again_seconds", 10),
+    ("real", "files", 2_000),
 )
 
 
