@@ -581,6 +581,12 @@ def _print_timing(args: argparse.Namespace, found: dict[str, Any]) -> None:
         _print_columns("binning: CPU seconds of that sweep's cells with one tree", found["lgb_sweeps"], *names)
     _print_best_of_n(bon)
     print_table("bars", found["bars"])
+    peak = found["peak_tflops"]
+    if "bf16" in peak:
+        print(
+            f"limit: this processor multiplies bf16 {peak['bf16'] / peak['fp32']:.2f} times as fast as fp32; "
+            "no program that does the baseline's products in bf16 gains more than that in them"
+        )
 
 
 def _print_columns(title: str, rows: list[dict[str, Any]], *names: str) -> None:

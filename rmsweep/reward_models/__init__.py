@@ -68,10 +68,13 @@ class RewardModel(Protocol):
         ...
 
 
-def score_in_chunks(split: Split, score_rows: Callable[[Floats], Floats]) -> NDArray[np.float32]:
-    """Proxy rewards [P, N], streaming the embeddings [rows, D], fp16 or fp32, through `score_rows` -> [rows]."""
+def score_in_chunks(split: Split, score_rows: Callable[[Floats], Floats], max_rows: int = 16384) -> NDArray[np.float32]:
+    """Proxy rewards [P, N], streaming the embeddings [rows, D], fp16 or fp32, through `score_rows` -> [rows].
+
+    max_rows: about how many at a time.
+    """
     scores = np.zeros(split.golden.shape, dtype=np.float32)
-    for part in split.chunks():
+    for part in split.chunks(max_rows):
         block = np.asarray(split.embedding[part]).reshape(-1, split.dim)
         scores[part] = score_rows(block).reshape(scores[part].shape)
     return scores

@@ -17,10 +17,13 @@ from rmsweep.errors import ConfigError
 from rmsweep.protocols import Examples
 from rmsweep.reward_models import TrainingData, score_in_chunks
 from rmsweep.reward_models._convert import gathered, widened
-from rmsweep.reward_models._history import CHUNK_ROWS, history, logistic_loss, margins, split_examples
+from rmsweep.reward_models._history import history, logistic_loss, margins, split_examples
 
 DEFAULT_ROUNDS = 100  # the library's; the authors' notebooks use 1000, what their tables use is not known
 SAMPLE_ROWS = 20_000  # rows behind the bank's bin edges
+ROWS_AT_ONCE = (
+    1024  # in fp32 they fit memory that is reused; larger blocks are mapped anew each time, ten times as slow
+)
 MAX_POOL_BYTES = 1 << 30  # a binned bank of the papers' full size has 0.9e9
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -129,7 +132,7 @@ class FittedLGB:
 
     def score(self, split: Split) -> NDArray[np.float32]:
         """Proxy rewards [P, N]: raw margins."""
-        return score_in_chunks(split, self.score_rows)
+        return score_in_chunks(split, self.score_rows, ROWS_AT_ONCE)
 
     def score_rows(self, embedding: Floats) -> Floats:
         """Raw margins [R] of embeddings [R, D], by the best iteration where training stopped early."""
@@ -180,7 +183,7 @@ class BinnedBank:
 class _Rows(lightgbm.Sequence):
     """Flat bank rows, gathered batch by batch while LightGBM bins them."""
 
-    batch_size = CHUNK_ROWS
+    batch_size = ROWS_AT_ONCE
 
     def __init__(self, split: Split, rows: Ints) -> None:
         self.split, self.rows = split, rows
