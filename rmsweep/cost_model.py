@@ -509,10 +509,10 @@ class _Sums:
 
 
 def estimate(plan: Plan, root: Path, states: Mapping[str, str]) -> Forecast | None:
-    """Forecast for the distinct cells of `plan` that are not in `states`; None where nothing was measured yet."""
-    observations = observe(root)
+    """Forecast for the distinct cells of `plan` that are not in `states`; None: nothing is new, or was measured yet."""
+    new = {c.fingerprint or i: c for i, c in enumerate(plan.cells) if c.reason is None and c.fingerprint not in states}
+    observations = observe(root) if new else None
     if not observations:
         return None
     surveyor = Surveyor(plan, root)
-    new = {c.fingerprint or i: c for i, c in enumerate(plan.cells) if c.reason is None and c.fingerprint not in states}
     return CostModel(observations).forecast((str(c.labels["reward_model"]), surveyor.work(c)) for c in new.values())

@@ -11,8 +11,9 @@ from test_linear import FirstTrain, labelled
 from rmsweep.bank import Bank
 from rmsweep.errors import ConfigError
 from rmsweep.protocols import pointwise
-from rmsweep.reward_models import Compute, TrainingData, lgb
-from rmsweep.reward_models.lgb import LGB, BinnedBank
+from rmsweep.reward_models import Compute, TrainingData, _binning
+from rmsweep.reward_models._binning import BinnedBank
+from rmsweep.reward_models.lgb import LGB
 from rmsweep.rng import streams
 
 ROUNDS = 12
@@ -73,7 +74,7 @@ def test_numbers_do_not_depend_on_the_cells_before(bank, monkeypatch):
     in_unit = [m.fit(training(bank, p, 250, cache)) for m, p in cells]
     key = ("lgb", *LGB()._dataset_params().items())
     assert cache[key].pool is not None
-    monkeypatch.setattr(lgb, "MAX_POOL_BYTES", 0)
+    monkeypatch.setattr(_binning, "MAX_POOL_BYTES", 0)
     tight = [m.fit(training(bank, p, 250, cache)) for cache in ({},) for m, p in cells]
     for a, b, c in zip(alone, in_unit, tight, strict=True):
         texts = {m.booster.model_to_string() for m in (a, b, c)}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import lightgbm
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from rmsweep.bank import Floats, Ints, Split
+from rmsweep.bank import Floats, Split
 from rmsweep.component import component
 from rmsweep.errors import ConfigError
 from rmsweep.protocols import Examples
@@ -19,12 +18,11 @@ from rmsweep.reward_models import TrainingData, score_in_chunks
 from rmsweep.reward_models._convert import gathered, widened
 from rmsweep.reward_models._history import history, logistic_loss, margins, split_examples
 
+if TYPE_CHECKING:
+    import lightgbm  # loaded by `fit`: planning need not wait for it
+
 DEFAULT_ROUNDS = 100  # the library's; the authors' notebooks use 1000, what their tables use is not known
-SAMPLE_ROWS = 20_000  # rows behind the bank's bin edges
-ROWS_AT_ONCE = (
-    1024  # in fp32 they fit memory that is reused; larger blocks are mapped anew each time, ten times as slow
-)
-MAX_POOL_BYTES = 1 << 30  # a binned bank of the papers' full size has 0.9e9
+ROWS_AT_ONCE = 1024  # larger blocks are mapped anew each time, ten times as slow
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -63,6 +61,8 @@ class LGB:
 
     def fit(self, data: TrainingData) -> FittedLGB:
         """Boost on the protocol's training examples; raises Diverged, DesignError."""
+        import lightgbm
+
         examples = split_examples(data, pointwise=True)
         train, params = self._dataset(data, examples.train, None), self._params(data, examples.train)
         stopping: dict[str, Any] = {}
@@ -112,6 +112,10 @@ class LGB:
         }
 
     def _dataset(self, data: TrainingData, examples: Examples, train: lightgbm.Dataset | None) -> lightgbm.Dataset:
+        import lightgbm
+
+        from rmsweep.reward_models._binning import BinnedBank
+
         if self.bins == "cell":
             rows = gathered(data.split, examples.first)
             return lightgbm.Dataset(rows, examples.target, reference=train, params=self._dataset_params())
@@ -141,55 +145,3 @@ class FittedLGB:
     def state(self) -> dict[str, NDArray[Any]]:
         """The library's text format as bytes: lightgbm.Booster(model_str=bytes(state["model"]).decode())."""
         return {"model": np.frombuffer(self.booster.model_to_string().encode(), dtype=np.uint8)}
-
-
-class BinnedBank:
-    """Training sets under bin edges of a fixed sample of a split: up to 20,000 evenly spaced responses.
-
-    The whole split is binned once the cells of a unit have binned as many rows between them (it then costs at
-    most twice the cheaper way) and it fits in MAX_POOL_BYTES; a training set is then a copy of binned rows.
-    Both ways give the same bits, so numbers never depend on which cells came before.
-    """
-
-    def __init__(self, split: Split, params: dict[str, Any]) -> None:
-        self.split, self.params = split, params
-        valid = np.flatnonzero(np.isfinite(split.golden.reshape(-1)))
-        n = min(len(valid), SAMPLE_ROWS)
-        sample = gathered(split, valid[np.arange(n) * len(valid) // n])
-        self.edges = lightgbm.Dataset(sample, np.zeros(n), params=params).construct()
-        self.pool: lightgbm.Dataset | None = None
-        self.rows_binned = 0
-
-    def dataset(self, rows: Ints, target: NDArray[np.float32]) -> lightgbm.Dataset:
-        """The binned training set of flat bank rows, which may repeat, in row order."""
-        order = np.argsort(rows, kind="stable")
-        rows, target = rows[order], target[order]
-        if self._pool_pays(len(rows)):
-            self.pool = self._bin(np.arange(self.split.golden.size)).construct()
-        self.rows_binned += len(rows)
-        chosen = self._bin(rows) if self.pool is None else self.pool.subset(rows.tolist())
-        return chosen.construct().set_label(target)  # a subset forgets labels that it is given before
-
-    def _pool_pays(self, n: int) -> bool:
-        n_bytes = self.split.golden.size * self.split.dim * (1 if self.params["max_bin"] < 256 else 2)
-        worth = self.rows_binned and self.rows_binned + n >= self.split.golden.size
-        return self.pool is None and bool(worth) and n_bytes <= MAX_POOL_BYTES
-
-    def _bin(self, rows: Ints) -> lightgbm.Dataset:
-        source = _Rows(self.split, rows)
-        return lightgbm.Dataset(source, np.zeros(len(rows)), reference=self.edges, params=self.params)
-
-
-class _Rows(lightgbm.Sequence):
-    """Flat bank rows, gathered batch by batch while LightGBM bins them."""
-
-    batch_size = ROWS_AT_ONCE
-
-    def __init__(self, split: Split, rows: Ints) -> None:
-        self.split, self.rows = split, rows
-
-    def __getitem__(self, index: Any) -> Floats:
-        return gathered(self.split, self.rows[index])
-
-    def __len__(self) -> int:
-        return len(self.rows)
