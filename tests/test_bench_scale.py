@@ -36,5 +36,7 @@ def test_quick(bench, tmp_path):
     out = tmp_path / "out.json"
     text = bench.measured([sys.executable, str(SCRIPT), "--quick", "--json", str(out)]).text
     found = json.loads(out.read_text())
-    assert {s for s, _, _ in bench.BARS} < set(found) and all(found[s][f] > 0 for s, f, _ in bench.BARS)
+    assert {s for s, _, _ in bench.BARS} < set(found)
+    of_the_whole = {"driver_peak_mib", "plan_seconds", "again_seconds", "files"}  # with --real 12960 only
+    assert all(found[s][f] > 0 for s, f, _ in bench.BARS if s != "real" or f not in of_the_whole)
     assert found["real"]["cells"] == found["overhead"]["cells"] == 72 and "whole_grid" in text

@@ -7,6 +7,8 @@ from scipy.stats import spearmanr
 from rmsweep.bank import Bank
 from rmsweep.errors import Diverged
 from rmsweep.metrics import noisy, rank
+from rmsweep.metrics.best_of_n import best_of_n, best_of_n_of
+from rmsweep.metrics.ragged import groups
 from rmsweep.metrics.ties import average_ranks, dense_ranks
 
 
@@ -160,3 +162,19 @@ def test_noisy_pairs_of_a_bank_that_has_none(ragged_bank):
     single = ragged_bank.test.take(np.flatnonzero(ragged_bank.test.count == 1)[:1])
     rng = np.random.default_rng(0)
     assert noisy.same_prompt_pairs(single, 5, rng) is None and noisy.cross_prompt_pairs(single, 5, rng) is None
+
+
+def test_orders_kept_for_a_bank_change_nothing():
+    """Catches an order by golden reward that is found under the wrong group, or taken for one of scores: ragged, ties."""
+    rng = np.random.default_rng(5)
+    golden = np.round(rng.standard_normal((40, 9)), 1)
+    golden[::3, 6:] = np.nan
+    orders: dict = {}
+    for _ in range(3):
+        score = np.round(rng.standard_normal((40, 9)), 1).astype(np.float32)
+        parts = list(groups(score, golden, orders))
+        assert rank.spearman_of(parts) == rank.spearman(score, golden)
+        assert rank.same_prompt_counts_of(parts) == rank.same_prompt_counts(score, golden)
+        assert rank.all_counts(score, golden, orders) == rank.all_counts(score, golden)
+        np.testing.assert_array_equal(best_of_n_of(parts), best_of_n(score, golden))
+    assert set(orders) == {6, 9, -1}

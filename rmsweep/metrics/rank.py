@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rmsweep.bank import Floats, Ints
-from rmsweep.metrics.ragged import groups
+from rmsweep.metrics.ragged import Group, groups
 from rmsweep.metrics.ties import average_ranks, dense_ranks, runs
 
 
@@ -38,26 +38,42 @@ class PairCounts:
 
 
 def spearman(score: Floats, golden: Floats) -> float | None:
+    """As `spearman_of`: score, golden [Q, M], golden NaN where there is no response. Raises Diverged."""
+    return spearman_of(list(groups(score, golden)))
+
+
+def spearman_of(parts: Sequence[Group]) -> float | None:
     """Mean over prompts of the Pearson correlation of the average ranks of score and golden reward.
 
     Prompts whose golden rewards are all equal have no order to find and are left out; a constant score counts
-    0. score, golden [Q, M], golden NaN where there is no response. None when no prompt is left. Raises
-    Diverged.
+    0. None when no prompt is left.
     """
-    values = [_rank_correlation(part.score, part.golden) for part in groups(score, golden)]
+    values = [_rank_correlation(part) for part in parts]
     defined = [v[np.isfinite(v)] for v in values]
     return float(np.mean(np.concatenate(defined))) if sum(map(len, defined)) else None
 
 
 def same_prompt_counts(score: Floats, golden: Floats) -> PairCounts:
-    """Counts over all pairs of responses to one prompt, each weighing the same. score, golden [Q, M]."""
-    return sum((pair_counts(part.score, part.golden) for part in groups(score, golden)), PairCounts(0, 0, 0))
+    """As `same_prompt_counts_of`: score, golden [Q, M], golden NaN where there is no response. Raises Diverged."""
+    return same_prompt_counts_of(list(groups(score, golden)))
 
 
-def all_counts(score: Floats, golden: Floats) -> PairCounts:
-    """Counts over all pairs of responses of the split, whatever their prompts. score, golden [Q, M]."""
+def same_prompt_counts_of(parts: Sequence[Group]) -> PairCounts:
+    """Counts over all pairs of responses to one prompt, each weighing the same."""
+    counts = (pair_counts(part.score, part.golden, part.score_order, part.golden_order) for part in parts)
+    return sum(counts, PairCounts(0, 0, 0))
+
+
+def all_counts(score: Floats, golden: Floats, golden_orders: dict[int, Ints] | None = None) -> PairCounts:
+    """Counts over all pairs of responses of the split, whatever their prompts. score, golden [Q, M].
+
+    golden_orders: keeps the order by golden reward between calls for one bank, under -1.
+    """
     valid = np.isfinite(golden)
-    return pair_counts(score[valid][None], golden[valid][None])
+    known = {} if golden_orders is None else golden_orders
+    if -1 not in known:
+        known[-1] = np.argsort(golden[valid][None], axis=1)
+    return pair_counts(score[valid][None], golden[valid][None], None, known[-1])
 
 
 def agreement(score: Floats, golden: Floats) -> float | None:
@@ -70,7 +86,12 @@ def agreement_cross_prompt(score: Floats, golden: Floats) -> float | None:
     return (all_counts(score, golden) - same_prompt_counts(score, golden)).agreement
 
 
-def pair_counts(score: NDArray[np.generic], golden: NDArray[np.generic]) -> PairCounts:
+def pair_counts(
+    score: NDArray[np.generic],
+    golden: NDArray[np.generic],
+    score_order: Ints | None = None,
+    golden_order: Ints | None = None,
+) -> PairCounts:
     """Counts over the pairs within each row of score, golden [G, m], in O(m log m) (Knight 1966).
 
     Rows are put in golden order, equal golden rewards in score order; discordant pairs are then the
@@ -78,7 +99,7 @@ def pair_counts(score: NDArray[np.generic], golden: NDArray[np.generic]) -> Pair
     = major * m + minor.
     """
     m = golden.shape[1]
-    by_golden = np.sort(dense_ranks(golden) * m + dense_ranks(score), axis=1)
+    by_golden = np.sort(dense_ranks(golden, golden_order) * m + dense_ranks(score, score_order), axis=1)
     golden_rank, score_rank = np.divmod(by_golden, m)
     by_score = np.sort(score_rank * m + np.arange(m), axis=1)
     score_rank, position = np.divmod(by_score, m)
@@ -109,10 +130,11 @@ def inversions(permutation: Ints) -> int:
     return total
 
 
-def _rank_correlation(score: NDArray[np.floating[Any]], golden: NDArray[np.float64]) -> NDArray[np.float64]:
+def _rank_correlation(part: Group) -> NDArray[np.float64]:
     """Spearman correlation of each row [G, m]: NaN where golden is constant, else 0 where the score is."""
-    middle = (golden.shape[1] + 1) / 2
-    a, b = average_ranks(score) - middle, average_ranks(golden) - middle
+    middle = (part.m + 1) / 2
+    a = average_ranks(part.score, part.score_order) - middle
+    b = average_ranks(part.golden, part.golden_order) - middle
     covariance, square_a, square_b = ((x * y).sum(axis=1) for x, y in ((a, b), (a, a), (b, b)))
     square_b[square_b == 0] = np.nan
     square_a[square_a == 0] = np.inf

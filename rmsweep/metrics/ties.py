@@ -32,19 +32,19 @@ def runs(ordered: NDArray[np.generic]) -> Runs:
     return Runs(start, np.diff(start, append=ordered.size))
 
 
-def dense_ranks(values: NDArray[np.generic]) -> Ints:
-    """Ranks 0, 1, ... of the distinct values of each row [G, m]; equal values share one."""
-    order = np.argsort(values, axis=1)
+def dense_ranks(values: NDArray[np.generic], order: Ints | None = None) -> Ints:
+    """Ranks 0, 1, ... of the distinct values of each row [G, m]; equal values share one. order: rows sorted by it."""
+    order = np.argsort(values, axis=1) if order is None else order
     ordered = np.take_along_axis(values, order, axis=1)
     rank = np.zeros(values.shape, dtype=np.int64)
     np.cumsum(ordered[:, 1:] != ordered[:, :-1], axis=1, out=rank[:, 1:])
     return _back(rank, order)
 
 
-def average_ranks(values: NDArray[np.generic]) -> NDArray[np.float64]:
-    """Ranks 1 ... m within each row [G, m]; equal values get the mean of the ranks that they span."""
+def average_ranks(values: NDArray[np.generic], order: Ints | None = None) -> NDArray[np.float64]:
+    """Ranks 1 ... m within each row [G, m]; equal values get the mean of the ranks that they span. order: as above."""
     m = values.shape[1]
-    order = np.argsort(values, axis=1)
+    order = np.argsort(values, axis=1) if order is None else order
     same = runs(np.take_along_axis(values, order, axis=1))
     rank = np.repeat(same.start % m + (same.size + 1) / 2, same.size)
     return _back(rank.reshape(values.shape), order)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rmsweep.bank import Bank, Floats, Split
+from rmsweep.bank import Bank, Floats, Ints, Split
 from rmsweep.cell import CellSpec
 from rmsweep.metrics import best_of_n, noisy, rank, tilt
+from rmsweep.metrics.ragged import Group, groups
 from rmsweep.preferences import Comparisons, Preferences
 from rmsweep.reward_models import FittedModel
 from rmsweep.rng import stream
@@ -38,10 +39,12 @@ def evaluate(
     """
     cache = cache.setdefault("evaluate", {})
     score = np.asarray(model.score(bank.test), dtype=np.float32)
-    picked = best_of_n.pick(score, bank.test.golden)
+    orders: dict[int, Ints] = cache.setdefault("golden_orders", {})
+    parts = list(groups(score, bank.test.golden, orders))
+    picked = best_of_n.pick_of(parts, bank.test.n_prompts)
     metrics = {
-        **_best_of_n(score, picked, bank.test, cache),
-        **_ranks(score, picked, bank.test),
+        **_best_of_n(parts, picked, bank.test, cache),
+        **_ranks(parts, score, picked, bank.test, orders),
         **_noisy(spec, score, bank, preferences.beta, cache),
         **_tilt(spec, score, bank, model, cache),
         **_training(preferences, model.history),
@@ -49,8 +52,8 @@ def evaluate(
     return Evaluation(metrics, picked.golden.astype(np.float32), score)
 
 
-def _best_of_n(score: Floats, picked: best_of_n.Pick, split: Split, cache: dict[Any, Any]) -> dict[str, Any]:
-    curve = best_of_n.best_of_n(score, split.golden)
+def _best_of_n(parts: Sequence[Group], picked: best_of_n.Pick, split: Split, cache: dict[Any, Any]) -> dict[str, Any]:
+    curve = best_of_n.best_of_n_of(parts)
     references: dict[str, Any] = _cached(cache, "references", lambda: _references(split))
     return {
         "bon_n": list(range(1, len(curve) + 1)),
@@ -71,12 +74,14 @@ def _references(split: Split) -> dict[str, float | None]:
     }
 
 
-def _ranks(score: Floats, picked: best_of_n.Pick, split: Split) -> dict[str, Any]:
-    same_prompt = rank.same_prompt_counts(score, split.golden)
+def _ranks(
+    parts: Sequence[Group], score: Floats, picked: best_of_n.Pick, split: Split, orders: dict[int, Ints]
+) -> dict[str, Any]:
+    same_prompt = rank.same_prompt_counts_of(parts)
     return {
-        "spearman": rank.spearman(score, split.golden),
+        "spearman": rank.spearman_of(parts),
         "agreement": same_prompt.agreement,
-        "agreement_cross_prompt": (rank.all_counts(score, split.golden) - same_prompt).agreement,
+        "agreement_cross_prompt": (rank.all_counts(score, split.golden, orders) - same_prompt).agreement,
         "pick_quantile": float(np.mean(picked.quantile)),
     }
 
