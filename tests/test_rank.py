@@ -165,7 +165,7 @@ def test_noisy_pairs_of_a_bank_that_has_none(ragged_bank):
 
 
 def test_orders_kept_for_a_bank_change_nothing():
-    """Catches an order by golden reward that is found under the wrong group, or taken for one of scores: ragged, ties."""
+    """Catches an order by golden reward found under the wrong group, or taken for one of scores: ragged, ties."""
     rng = np.random.default_rng(5)
     golden = np.round(rng.standard_normal((40, 9)), 1)
     golden[::3, 6:] = np.nan
