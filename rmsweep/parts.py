@@ -80,28 +80,23 @@ class Files:
         self._set_aside(path, "its bytes are not those of its name")
         return None
 
-    def fresh(self, look: Callable[[str], None]) -> list[str]:
-        """Call `look` for every part's name; all names.
+    def listed(self) -> Iterator[str]:
+        """Every part's name, to be read as it comes.
 
-        A part that goes away while we look was merged into one published before: list again until nothing is new.
+        A part that goes away while we read was merged into one published before: list again until nothing is new.
         """
         seen: set[str] = set()
         while new := sorted(set(self.names()) - seen):
             seen |= set(new)
-            for name in new:
-                look(name)
-        return sorted(seen)
+            yield from new
 
     def sound(self, concerns: Callable[[Path], bool]) -> Iterator[bytes]:
         """The verified bytes of every part that `concerns` us."""
-        seen: set[str] = set()
-        while new := sorted(set(self.names()) - seen):  # as in `fresh`, each read before the next listing
-            seen |= set(new)
-            for name in new:
-                with contextlib.suppress(FileNotFoundError):
-                    data = self.read(name) if concerns(self.folder / name) else None
-                    if data is not None:
-                        yield data
+        for name in self.listed():
+            with contextlib.suppress(FileNotFoundError):
+                data = self.read(name) if concerns(self.folder / name) else None
+                if data is not None:
+                    yield data
 
 
 class Parts(Files):
@@ -192,8 +187,11 @@ class Parts(Files):
 
     def _indexed(self, wanted: Set[str]) -> dict[str, list[tuple[Any, ...]]]:
         """Part -> its small columns, row by row, of every sound part that concerns the wanted cells."""
-        names = self.fresh(lambda name: self._look(name, wanted)) if wanted else []
-        return {name: self._index[name] for name in names if name in self._index}
+        names = []
+        for name in self.listed() if wanted else ():
+            self._look(name, wanted)
+            names.append(name)
+        return {name: self._index[name] for name in sorted(names) if name in self._index}
 
     def _look(self, name: str, wanted: Set[str]) -> None:
         if name in self._index or not self._concerns(self.folder / name, wanted):

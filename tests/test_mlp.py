@@ -69,7 +69,7 @@ def test_an_epoch_passes_over_all_examples_or_resamples():
 )
 def test_stopping_rules(losses, schedule, stops):
     """`best`: no new best for three epochs. `each_previous`: the newest is larger than each of the previous three."""
-    assert training._stops(losses, schedule) is stops
+    assert training.stops(losses, schedule) is stops
 
 
 class Scripted:

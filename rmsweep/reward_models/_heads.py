@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import binary_cross_entropy
 
 from rmsweep.bank import Ints
 from rmsweep.errors import Diverged
@@ -24,7 +23,7 @@ from rmsweep.objectives import Objective
 from rmsweep.protocols import Examples, Schedule, SplitExamples
 from rmsweep.reward_models import Compute, FittedModel, TrainingData
 from rmsweep.reward_models._stack import FittedHead, Rows, Scorer, Stack, exact_sums
-from rmsweep.reward_models._training import History, _stops, batches
+from rmsweep.reward_models._training import History, batches, losses, stops
 from rmsweep.reward_models.mlp import MLP, build_network
 
 VALIDATION_EXAMPLES = 1024  # per head and product, at least
@@ -154,7 +153,7 @@ class Training:
         reward = self.stack.reward(self.rows.gather(rows), parameters).chunk(len(laid.rows), dim=1)
         flat = [part.reshape(-1) for part in reward]
         target = laid.target.gather(1, index)
-        return losses(self.objective, self.schedule, flat, target.reshape(-1)).view(index.shape)
+        return losses(self.objective, self.schedule.clamped_sigmoid, flat, target.reshape(-1)).view(index.shape)
 
     def _end_epoch(self, ended: list[int], ends: list[History | Diverged]) -> None:
         """Record losses, keep weights, let go of the heads that stop, and begin the next epoch of the others."""
@@ -164,12 +163,17 @@ class Training:
         better, finished = [], []
         for i, train_sum, value in zip(ended, train, validation, strict=True):
             head = self.heads[i]
-            end = _record(head, float(train_sum) / head.steps, float(value))
-            if head.history.kept == len(head.history.train):
-                better.append(i)
-            if end is not None:
+            history, schedule = head.history, head.schedule
+            try:
+                if history.take(
+                    float(train_sum) / head.steps, float(value) if len(head.examples.validation) else None, schedule
+                ):
+                    better.append(i)
+                goes_on = len(history.train) < schedule.max_epochs and not stops(history.validation, schedule)
+            except Diverged as error:
+                ends[head.place], goes_on = error, False
+            if not goes_on:
                 finished.append(i)
-                ends[head.place] = end
         self._keep(better)
         self._begin_epoch([i for i in ended if i not in finished])
         if finished:
@@ -208,34 +212,6 @@ class Training:
         self.train, self.validation = self.train.take(where), self.validation.take(where)
         for name in ("index", "size", "position", "total"):
             setattr(self, name, getattr(self, name)[where])
-
-
-def losses(
-    objective: Objective, schedule: Schedule, reward: Sequence[torch.Tensor], target: torch.Tensor
-) -> torch.Tensor:
-    """Losses [C] of pairs (two rewards [C]) or single responses (one), as for a network alone."""
-    pointwise = len(reward) == 1
-    if schedule.clamped_sigmoid and (pointwise or getattr(objective, "kind", "") == "bradley_terry"):
-        logit = reward[0] if pointwise else reward[0] - reward[1]
-        return binary_cross_entropy(torch.sigmoid(logit), target, reduction="none")
-    if pointwise:
-        loss: torch.Tensor = objective.row_loss(reward[0], target)  # type: ignore[attr-defined]
-        return loss
-    return objective(reward[0], reward[1], target)
-
-
-def _record(head: Head, train: float, validation: float) -> History | Diverged | None:
-    """Take note of an epoch: history.kept is the epoch itself when its weights are to be kept; None: it goes on."""
-    history, schedule = head.history, head.schedule
-    history.train.append(train)
-    if len(head.examples.validation):
-        history.validation.append(validation)
-    epoch = len(history.train)
-    if not np.isfinite([train, *history.validation[-1:]]).all():
-        return Diverged(f"loss is not finite at epoch {epoch}")
-    if not schedule.restore_best or not history.validation or np.argmin(history.validation) == epoch - 1:
-        history.kept = epoch
-    return history if epoch == schedule.max_epochs or _stops(history.validation, schedule) else None
 
 
 def fit_heads(model: MLP, data: Sequence[TrainingData]) -> list[FittedModel | Diverged]:

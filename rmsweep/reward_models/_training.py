@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,18 @@ class History:
     def lowest(self) -> float:
         """Lowest validation loss; infinite without validation."""
         return min(self.validation, default=float("inf"))
+
+    def take(self, train: float, validation: float | None, schedule: Schedule) -> bool:
+        """Note the losses of an epoch; whether its weights are to be kept. Raises Diverged on a loss not finite."""
+        self.train.append(train)
+        if validation is not None:
+            self.validation.append(validation)
+        epoch = len(self.train)
+        if not np.isfinite([train, *self.validation[-1:]]).all():
+            raise Diverged(f"loss is not finite at epoch {epoch}")
+        better = not schedule.restore_best or not self.validation or np.argmin(self.validation) == epoch - 1
+        self.kept = epoch if better else self.kept
+        return bool(better)
 
     def summary(self, examples: SplitExamples) -> dict[str, float | int | None]:
         """Columns of results.parquet."""
@@ -74,25 +86,31 @@ class Loss:
     def _of_each(self, examples: Examples, target: torch.Tensor) -> torch.Tensor:
         """Losses [E]."""
         if examples.second is None:
-            reward = self.reward(examples.first)
-            return self._binary(reward, target) if self.clamped_sigmoid else self._rows(reward, target)
-        reward_a, reward_b = self.reward(np.concatenate([examples.first, examples.second])).chunk(2)
-        if self.clamped_sigmoid and getattr(self.objective, "kind", "") == "bradley_terry":
-            return self._binary(reward_a - reward_b, target)
-        return self.objective(reward_a, reward_b, target)
+            rewards: Sequence[torch.Tensor] = [self.reward(examples.first)]
+        else:
+            rewards = self.reward(np.concatenate([examples.first, examples.second])).chunk(2)
+        return losses(self.objective, self.clamped_sigmoid, rewards, target)
 
     def reward(self, rows: Ints) -> torch.Tensor:
         """Proxy rewards [len(rows)] of flat bank rows."""
         return forward(self.network, self.split.gather(rows, dtype=None), self.compute)
 
-    def _rows(self, reward: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = self.objective.row_loss(reward, target)  # type: ignore[attr-defined]
-        return loss
 
-    @staticmethod
-    def _binary(logit: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of sigma(logit) with log clamped at -100, as released."""
+def losses(
+    objective: Objective, clamped_sigmoid: bool, reward: Sequence[torch.Tensor], target: torch.Tensor
+) -> torch.Tensor:
+    """Losses [C] of pairs (two rewards [C]) or single responses (one).
+
+    clamped_sigmoid: cross-entropy of sigma(logit) with log clamped at -100, as released.
+    """
+    pointwise = len(reward) == 1
+    if clamped_sigmoid and (pointwise or getattr(objective, "kind", "") == "bradley_terry"):
+        logit = reward[0] if pointwise else reward[0] - reward[1]
         return binary_cross_entropy(torch.sigmoid(logit), target, reduction="none")
+    if pointwise:
+        loss: torch.Tensor = objective.row_loss(reward[0], target)  # type: ignore[attr-defined]
+        return loss
+    return objective(reward[0], reward[1], target)
 
 
 def forward(network: torch.nn.Sequential, embedding: Floats, compute: Compute) -> torch.Tensor:
@@ -127,14 +145,12 @@ def train_network(loss: Loss, examples: SplitExamples, schedule: Schedule, rng: 
         loss.network.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
     )
     history, weights = History(schedule.learning_rate, schedule.weight_decay), loss.network.state_dict()
-    for epoch in range(1, schedule.max_epochs + 1):
-        history.train.append(_train_epoch(loss, examples.train, schedule, optimizer, rng))
-        if len(examples.validation):
-            history.validation.append(_validate(loss, examples.validation))
-        _check(history, epoch)
-        if not schedule.restore_best or not history.validation or np.argmin(history.validation) == epoch - 1:
-            history.kept, weights = epoch, _snapshot(loss.network, schedule.restore_best)
-        if _stops(history.validation, schedule):
+    for _ in range(schedule.max_epochs):
+        train = _train_epoch(loss, examples.train, schedule, optimizer, rng)
+        validation = _validate(loss, examples.validation) if len(examples.validation) else None
+        if history.take(train, validation, schedule):
+            weights = _snapshot(loss.network, schedule.restore_best)
+        if stops(history.validation, schedule):
             break
     loss.network.load_state_dict(weights)
     return history
@@ -174,7 +190,8 @@ def _validate(loss: Loss, examples: Examples) -> float:
     return sum(float(loss(part)) * part.mass for part in parts) / examples.mass
 
 
-def _stops(validation: list[float], schedule: Schedule) -> bool:
+def stops(validation: list[float], schedule: Schedule) -> bool:
+    """Whether training ends after these validation losses."""
     if schedule.stop == "each_previous":
         return len(validation) > schedule.patience and validation[-1] > max(validation[-schedule.patience - 1 : -1])
     return bool(validation) and len(validation) - 1 - int(np.argmin(validation)) >= schedule.patience
@@ -182,8 +199,3 @@ def _stops(validation: list[float], schedule: Schedule) -> bool:
 
 def _snapshot(network: torch.nn.Module, copied: bool) -> dict[str, Any]:
     return copy.deepcopy(network.state_dict()) if copied else network.state_dict()
-
-
-def _check(history: History, epoch: int) -> None:
-    if not np.isfinite([history.train[-1], *history.validation[-1:]]).all():
-        raise Diverged(f"loss is not finite at epoch {epoch}")
