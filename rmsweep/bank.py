@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +23,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rmsweep.errors import DataError
+from rmsweep.fingerprint import file_sha256
+from rmsweep.problems import Problems, is_text, normalised, shown
 
 SPLITS = ("train", "test")
+MAX_NOTES = 1 << 20  # bytes of bank.json
+MAX_CELL_TEXT = 64 << 20  # bytes of text per prompt that a row of prompts_*.parquet may unpack to
+PROMPT_COLUMNS = ("prompt_id", "prompt", "response", "category")
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
 
@@ -131,9 +138,14 @@ class Bank:
         A NaN golden reward at the end of a row means "no such response", whatever its embedding. Raises
         DataError on wrong shapes, infinite rewards, non-finite embeddings, duplicate prompt ids or a prompt in both.
         """
-        train = _checked_split("train", golden_train, embedding_train, prompt_id_train, response_train)
-        test = _checked_split("test", golden_test, embedding_test, prompt_id_test, response_test)
-        check_banks(train, test)
+        problems = Problems("arrays", note="")
+        train = _split_of(problems, "train", golden_train, embedding_train, prompt_id_train, response_train)
+        test = _split_of(problems, "test", golden_test, embedding_test, prompt_id_test, response_test)
+        if train is None or test is None:
+            problems.check()
+        assert train is not None and test is not None
+        check_bank(problems, train, test)
+        problems.check()
         return Bank(train, test, seed=seed)
 
     def __repr__(self) -> str:
@@ -158,7 +170,7 @@ class Bank:
         Files per split S: golden_S.npy [P, N], embedding_S.npy [P, N, D] (or reference_S.json naming a file elsewhere
         and its layout), optional ceiling_S.npy, prompts_S.parquet; bank.json carries seed and notes.
         """
-        notes = json.loads((folder / "bank.json").read_text())
+        notes = read_notes(folder)
         train, test = (_read_split(folder, name) for name in SPLITS)
         return Bank(train, test, seed=notes.pop("seed"), notes=notes)
 
@@ -208,18 +220,100 @@ class NpyWriter:
 
 
 def write_reference(folder: Path, name: str, path: Path, layout: str) -> None:
-    """Write reference_{name}.json: the embeddings stay in `path`, axes in `layout` ("PND" or "NPD")."""
-    (folder / f"reference_{name}.json").write_text(json.dumps({"path": str(path), "layout": layout}))
+    """Write reference_{name}.json: the embeddings stay in `path`, axes in `layout` ("PND" or "NPD"); their sha256."""
+    where = {"path": str(path), "layout": layout, "sha256": file_sha256(path)}
+    (folder / f"reference_{name}.json").write_text(json.dumps(where))
+
+
+def reference_problem(folder: Path) -> str | None:
+    """What is wrong with the embeddings that a bank refers to, or None; reads them whole."""
+    for reference in sorted(folder.glob("reference_*.json")):
+        where = json.loads(reference.read_text())
+        try:
+            if where.get("sha256") not in (None, file_sha256(Path(where["path"]))):
+                return f"{where['path']} has changed since the bank was made"
+        except OSError as error:
+            return f"{where['path']}: cannot be read ({error.strerror or error})"
+    return None
 
 
 def open_npy(path: Path) -> NDArray[Any]:
-    """Memory-map a .npy file; object arrays (pickles) and broken headers are refused with a DataError."""
+    """Memory-map a .npy file; DataError for object arrays (pickles), other formats, and headers that claim more
+    than the file holds, before anything is allocated.
+    """
+    if not path.is_file():  # a named pipe would be waited for
+        raise DataError(f"{path}: {'not a regular file' if os.path.lexists(path) else 'no such file'}")
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path}: not a plain .npy array ({error}); allowed: float16, float32, float64") from None
+        _check_header(path)
+        return np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError, EOFError, OverflowError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: not a plain .npy array ({reason}); allowed: an array of real numbers") from None
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a .npy header whose shape does not fit the file's size."""
+    with open(path, "rb") as handle:
+        version = np.lib.format.read_magic(handle)
+        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = reader(handle)
+        if dtype.hasobject:
+            raise ValueError("objects, which would be unpickled, are never loaded")
+        if any(n < 0 for n in shape):
+            raise ValueError(f"shape {shape}")
+        claimed, held = math.prod(shape) * dtype.itemsize, os.fstat(handle.fileno()).st_size - handle.tell()
+        if claimed > held:
+            raise ValueError(f"its header says {dtype} {shape}, {claimed:,} bytes; the file holds {held:,}")
+
+
+def read_notes(folder: Path) -> dict[str, Any]:
+    """bank.json: the bank's seed and notes; DataError where it is none."""
+    path = folder / "bank.json"
+    if not path.is_file() or path.stat().st_size > MAX_NOTES:
+        raise DataError(f"{path}: no regular file of at most 1 MiB; Bank.write makes it")
+    try:
+        notes = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{path}: no valid JSON ({error})") from None
+    seed = notes.get("seed") if isinstance(notes, dict) else None
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise DataError(f"{path}: seed is {shown(seed)}; allowed: an object with a whole number from 0 as seed")
+    return dict(notes)
+
+
+def read_prompts(folder: Path, name: str, n_prompts: int) -> dict[str, list[Any]]:
+    """Columns of prompts_{name}.parquet (layout: write_prompts), which has `n_prompts` rows; DataError otherwise."""
+    path = folder / f"prompts_{name}.parquet"
+    if not path.is_file():
+        raise DataError(f"{path}: {'not a regular file' if os.path.lexists(path) else 'no such file'}")
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_prompts(file, n_prompts)
+            table = file.read(columns=[name for name in file.schema_arrow.names if name in PROMPT_COLUMNS])
+            return {name: table[name].to_pylist() for name in table.schema.names}
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def _check_prompts(file: pq.ParquetFile, n_prompts: int) -> None:
+    """Refuse another number of rows, columns of other types, and texts that unpack to very much, unread."""
+    if file.metadata.num_rows != n_prompts:
+        raise ValueError(f"{file.metadata.num_rows:,} rows for {n_prompts:,} prompts")
+    names, types = file.schema_arrow.names, {field.name: field.type for field in file.schema_arrow}
+    if "prompt_id" not in names or len(set(names)) != len(names):
+        raise ValueError(f"columns {shown(names)}; needed: prompt_id; allowed beside it: prompt, response, category")
+    for name in PROMPT_COLUMNS:
+        kind = types.get(name, pa.string())
+        if name == "response":
+            kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else (
+                pa.string() if name not in types else pa.null()
+            )  # fmt: skip
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            allowed = "lists of text" if name == "response" else "text"
+            raise ValueError(f"column {name!r} has type {types[name]}; allowed: {allowed}")
+    groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+    if sum(group.total_byte_size for group in groups) > max(1, n_prompts) * MAX_CELL_TEXT:
+        raise ValueError(f"unpacks to more than {MAX_CELL_TEXT:,} bytes per prompt")
 
 
 def _read_split(folder: Path, name: str) -> Split:
@@ -232,7 +326,7 @@ def _read_split(folder: Path, name: str) -> Split:
     else:
         embedding = open_npy(folder / f"embedding_{name}.npy")
     ceiling = folder / f"ceiling_{name}.npy"
-    texts = pq.read_table(folder / f"prompts_{name}.parquet", page_checksum_verification=True).to_pydict()
+    texts = read_prompts(folder, name, len(golden) if golden.ndim else 0)
     return Split(
         golden=np.asarray(golden),
         embedding=embedding,
@@ -244,63 +338,114 @@ def _read_split(folder: Path, name: str) -> Split:
     )
 
 
-def _checked_split(
+# -- checks ------------------------------------------------------------------------------------------------
+
+
+def _split_of(
+    problems: Problems,
     name: str,
     golden: Floats,
     embedding: Floats,
     prompt_id: Sequence[str] | None,
     response: Sequence[Sequence[str]] | None,
-) -> Split:
+) -> Split | None:
+    """A split of arrays in memory, golden rewards rounded to float32 and padding zero; None where shapes are wrong."""
     golden, embedding = np.asarray(golden), np.asanyarray(embedding)
-    _check_shapes(name, golden, embedding)
-    if golden.dtype.kind not in "fiu" or embedding.dtype.kind != "f":
-        raise DataError(f"{name}: golden is {golden.dtype}, embedding {embedding.dtype}; needed: real numbers")
-    check_golden(name, golden)
-    golden32 = rounded(f"golden_{name}", golden)
+    if not _sound_shapes(problems, name, golden, embedding) or not _sound_golden(problems, name, golden):
+        return None
+    golden32 = problems.of(rounded, f"golden_{name}", golden)
+    if golden32 is None:
+        return None
     if np.isnan(golden32).any() or embedding.dtype.itemsize > 4:  # padding counts as zero, whatever it holds
         embedding = np.where(np.isnan(golden32)[..., None], 0, embedding).astype(np.float32)
     ids = [f"{name}-{i}" for i in range(len(golden))] if prompt_id is None else [str(i) for i in prompt_id]
-    split = Split(golden32, embedding, ids, response=response)
-    check_split(name, split)
-    return split
+    return Split(golden32, embedding, ids, response=response)
 
 
-def check_banks(train: Split, test: Split) -> None:
-    """Refuse splits of different D, and a prompt in both."""
-    if train.dim != test.dim:
-        raise DataError(f"embedding_train has D={train.dim}, embedding_test D={test.dim}: they must be equal")
-    both = set(train.prompt_id) & set(test.prompt_id)
-    if both:
-        raise DataError(f"prompt id {min(both)!r} is in train and in test ({len(both)} such prompts)")
+def check_bank(problems: Problems, train: Split, test: Split) -> None:
+    """Note everything that is wrong with a bank: each split, splits of different D, a prompt in both."""
+    sound = [check_split(problems, name, split) for name, split in zip(SPLITS, (train, test), strict=True)]
+    if all(sound) and train.dim != test.dim:
+        problems.add(f"embedding_train has D={train.dim}, embedding_test D={test.dim}: they must be equal")
+    both = _shared(train.prompt_id, test.prompt_id)
+    problems.many(len(both), (f"prompt id {shown(text)} is in train and in test" for text in both))
+    if train.prompt is not None and test.prompt is not None:
+        texts = _shared(train.prompt, test.prompt)
+        problems.many(len(texts), (f"prompt {shown(text)} is in train and in test" for text in texts))
 
 
-def _check_shapes(name: str, golden: Floats, embedding: Floats) -> None:
-    if golden.ndim != 2 or embedding.ndim != 3 or embedding.shape[:2] != golden.shape or not golden.size:
-        raise DataError(
+def _shared(train: Sequence[Any], test: Sequence[Any]) -> list[str]:
+    """Texts that are in both, whatever their Unicode form and spaces."""
+    return sorted(set.intersection(*({normalised(text) for text in texts if is_text(text)} for texts in (train, test))))
+
+
+def check_split(problems: Problems, name: str, split: Split) -> bool:
+    """Note bad shapes, rewards, embeddings, ids and texts of a split; whether its shapes are sound."""
+    golden, embedding = split.golden, split.embedding
+    if not _sound_shapes(problems, name, golden, embedding):
+        return False
+    sound = _sound_golden(problems, name, golden)
+    for part in split.chunks():
+        with np.errstate(over="ignore"):
+            bad = ~np.isfinite(np.asarray(embedding[part], dtype=np.float32)).all(axis=2)
+        places = ((part.start + p, r) for p, r in np.argwhere(bad))
+        problems.many(int(bad.sum()), (f"embedding_{name}[{p}, {r}] is not finite" for p, r in places))
+    if split.ceiling is not None and split.ceiling.shape != golden.shape:
+        problems.add(f"ceiling_{name} has shape {split.ceiling.shape}, golden_{name} {golden.shape}")
+    _check_texts(problems, name, split, sound)
+    return True
+
+
+def _check_texts(problems: Problems, name: str, split: Split, counted: bool) -> None:
+    for what, values in (("prompt_id", split.prompt_id), ("prompt", split.prompt), ("category", split.category)):
+        if values is None:
+            continue
+        if len(values) != len(split.golden):
+            problems.add(f"{what}_{name} has {len(values)} entries for {len(split.golden)} prompts")
+        bad = [i for i, value in enumerate(values) if not is_text(value)]
+        problems.many(len(bad), (f"{what}_{name}[{i}]: {shown(values[i])}; allowed: text" for i in bad))
+    twice = [text for text, n in Counter(split.prompt_id).items() if n > 1]
+    problems.many(len(twice), (f"prompt_id_{name}: {text!r} occurs more than once" for text in twice))
+    if split.response is None:
+        return
+    if counted and [-1 if r is None else len(r) for r in split.response] != split.count.tolist():
+        problems.add(f"response_{name}: needs one text per response, [P][count]; the numbers differ from golden_{name}")
+    bad = [i for i, texts in enumerate(split.response) if not all(map(is_text, texts or ()))]
+    problems.many(len(bad), (f"response_{name}[{i}] holds something else than text" for i in bad))
+
+
+def _sound_shapes(problems: Problems, name: str, golden: Floats, embedding: Floats) -> bool:
+    """Whether both are arrays of real numbers that fit each other; notes it where not."""
+    before = problems.count
+    if golden.ndim != 2 or embedding.ndim != 3 or embedding.shape[:2] != golden.shape or not embedding.size:
+        problems.add(
             f"golden_{name} has shape {golden.shape}, embedding_{name} {embedding.shape}; "
             "needed: [P, N] and [P, N, D], none of them 0"
         )
+    if golden.dtype.kind not in "fiu" or embedding.dtype.kind != "f":
+        problems.add(f"{name}: golden is {golden.dtype}, embedding {embedding.dtype}; needed: real numbers")
+    return problems.count == before
 
 
-def check_split(name: str, split: Split) -> None:
-    """Refuse wrong shapes, bad rewards, non-finite embeddings, ids or texts that do not match the prompts."""
-    golden, embedding = split.golden, split.embedding
-    _check_shapes(name, golden, embedding)
-    check_golden(name, golden)
-    for part in split.chunks():
-        bad = ~np.isfinite(np.asarray(embedding[part])).all(axis=2)
-        if bad.any():
-            prompt, response = np.argwhere(bad)[0]
-            raise DataError(f"embedding_{name}[{part.start + prompt}, {response}] is not finite")
-    if len(split.prompt_id) != len(golden):
-        raise DataError(f"prompt_id_{name} has {len(split.prompt_id)} entries for {len(golden)} prompts")
-    counts = Counter(split.prompt_id)
-    if len(counts) != len(golden):
-        raise DataError(f"prompt_id_{name}: {counts.most_common(1)[0][0]!r} occurs more than once")
-    if split.response is not None and [len(r) for r in split.response] != split.count.tolist():
-        raise DataError(
-            f"response_{name}: needs one text per response, [P][count]; the numbers differ from golden_{name}"
-        )
+def _sound_golden(problems: Problems, name: str, golden: Floats) -> bool:
+    """Whether rewards are finite and NaN only pads the end of a row, after one response at least."""
+    before = problems.count
+    infinite = np.isinf(golden)
+    _list(problems, infinite, lambda p, r: f"golden_{name}[{p}, {r}] is {golden[p, r]}; allowed: finite numbers")
+    valid = ~np.isnan(golden)
+    gaps = (~valid[:, :-1] & valid[:, 1:]).any(axis=1) | ~valid[:, 0]
+    _list(
+        problems,
+        gaps[:, None],
+        lambda p, _: f"golden_{name}[{p}]: NaN before the last response; NaN may only pad the end of a row",
+    )
+    return problems.count == before
+
+
+def _list(problems: Problems, bad: NDArray[np.bool_], text: Callable[[int, int], str]) -> None:
+    """Note every place [prompt, response] that is bad."""
+    if count := int(bad.sum()):
+        problems.many(count, (text(int(p), int(r)) for p, r in np.argwhere(bad)))
 
 
 def rounded(name: str, golden: Floats) -> NDArray[np.float32]:
@@ -322,15 +467,3 @@ def rounded(name: str, golden: Floats) -> NDArray[np.float32]:
             "subtract their mean first (dataset.center=prompt where there is that option)"
         )
     return narrow
-
-
-def check_golden(name: str, golden: Floats) -> None:
-    """Refuse infinite rewards, prompts without a response, and gaps before a prompt's last response."""
-    if np.isinf(golden).any():
-        prompt, response = np.argwhere(np.isinf(golden))[0]
-        raise DataError(f"golden_{name}[{prompt}, {response}] is {golden[prompt, response]}; allowed: finite numbers")
-    valid = np.isfinite(golden)
-    gaps = ~valid[:, :-1] & valid[:, 1:]
-    if gaps.any() or not valid[:, :1].all():
-        prompt = int(np.argwhere(gaps.any(axis=1) | ~valid[:, 0])[0, 0])
-        raise DataError(f"golden_{name}[{prompt}]: NaN before the last response; NaN may only pad the end of a row")

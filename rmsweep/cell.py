@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -26,6 +27,9 @@ GROUPS = (
     "base_llm", "dataset", "embedder", "candidates", "pairing", "annotator", "reward_model", "protocol",
 )  # fmt: skip
 DEFAULT_ANNOTATIONS = 10_000
+KEY = "key"  # among the parts of an identity: what the fingerprint holds beside the cell_id
+COMPONENTS = ("candidates", "pairing", "annotator", "reward_model", "protocol", "dataset")  # beside those of the bank
+PARTS = (*COMPONENTS, "bank", "evaluate", "values", "error_rate")
 Once = Callable[[str, Callable[[], str]], str]
 
 
@@ -75,7 +79,11 @@ class CellSpec:
 
 
 class PlannedCell(NamedTuple):
-    """A cell of a sweep's plan. `labels`: column -> value (option names for groups); `reason`: why it is skipped."""
+    """A cell of a sweep's plan. `labels`: column -> value (option names for groups); `reason`: why it is skipped.
+
+    identity: canonical JSON of every part of its cell_id, by name, and as KEY of what its fingerprint holds besides;
+    code: stage -> digest of its code, as JSON. None where it is not to be run, or was planned before they were kept.
+    """
 
     cell_id: str
     fingerprint: str
@@ -83,6 +91,8 @@ class PlannedCell(NamedTuple):
     labels: dict[str, Any]
     config: dict[str, Any]
     reason: str | None = None
+    identity: Mapping[str, str] | None = None
+    code: str | None = None
 
 
 def build_cell(config: Mapping[str, Any]) -> CellSpec:
@@ -125,26 +135,34 @@ def bank_config(spec: CellSpec, inputs: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def bank_id(spec: CellSpec, inputs: Mapping[str, str]) -> str:
-    """Key of the bank in the store: its config, its inputs, the version of the stage that makes it."""
-    return digest({"bank": bank_config(spec, inputs), "version": STAGES["generate"]})
+def bank_id(spec: CellSpec, inputs: Mapping[str, str], strict: Mapping[str, Any] | None = None) -> str:
+    """Key of the bank in the store: its config, its inputs, the version of the stage that makes it.
+
+    strict: what counts besides (`strict_parts` of the stage generate).
+    """
+    return digest({"bank": bank_config(spec, inputs), "version": STAGES["generate"], **(strict or {})})
 
 
-def cell_id(spec: CellSpec, inputs: Mapping[str, str], once: Once | None = None) -> str:
-    """Hash of everything in the config that can affect the cell's numbers, and of its inputs.
+def cell_id(spec: CellSpec, inputs: Mapping[str, str]) -> str:
+    """Hash of everything in the config that can affect the cell's numbers, and of its inputs."""
+    return digest_of_parts(cell_parts(spec, inputs))
 
-    once(name, make): the text of one part; a planner makes parts that cells share once. The hash is the digest of the
-    whole identity as one mapping, whoever makes its parts.
+
+def cell_parts(spec: CellSpec, inputs: Mapping[str, str], once: Once | None = None) -> dict[str, str]:
+    """What cell_id is the digest of: one mapping, given as canonical JSON text of each part (of PARTS).
+
+    once(name, make): the text of one part; a planner makes parts that cells share once.
     """
     once = once or (lambda name, make: make())
-    names = ("candidates", "pairing", "annotator", "reward_model", "protocol", "dataset")
-    makes: dict[str, Callable[[], Any]] = {n: functools.partial(component.identity, getattr(spec, n)) for n in names}
+    makes: dict[str, Callable[[], Any]] = {
+        name: functools.partial(component.identity, getattr(spec, name)) for name in COMPONENTS
+    }
     makes["bank"] = functools.partial(bank_config, spec, inputs)
     makes["evaluate"] = functools.partial(component.changed, spec.evaluate)
     makes["values"] = functools.partial(_changed_values, spec)
     if spec.error_rate.value is not None:
         makes["error_rate"] = functools.partial(component.changed, spec.error_rate)
-    return digest_of_parts({name: once(name, functools.partial(_text, make)) for name, make in makes.items()})
+    return {name: once(name, functools.partial(_text, make)) for name, make in makes.items()}
 
 
 def _text(make: Callable[[], Any]) -> str:
@@ -158,9 +176,22 @@ def _changed_values(spec: CellSpec) -> dict[str, Any]:
     return values
 
 
-def fingerprint(cell: str, compute: Compute) -> str:
-    """Key of a cell's result: cell_id, the versions of all stages, device class and precision."""
-    return digest({"cell": cell, "versions": STAGES, "device": compute.device, "precision": compute.precision})
+def fingerprint(cell: str, compute: Compute, strict: Mapping[str, Any] | None = None) -> str:
+    """Key of a cell's result: cell_id, the versions of all stages, device class and precision.
+
+    strict: what counts besides (`strict_parts`).
+    """
+    return digest({"cell": cell, **key_parts(compute, strict)})
+
+
+def key_parts(compute: Compute, strict: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a fingerprint holds beside the cell_id."""
+    return {"versions": STAGES, "device": compute.device, "precision": compute.precision, **(strict or {})}
+
+
+def strict_parts(code: Any, libraries: Mapping[str, str]) -> dict[str, Any]:
+    """What counts besides where reuse is strict: digests of the code, and the versions of libraries."""
+    return {"code": code, "libraries": dict(libraries)}
 
 
 def why_skipped(spec: CellSpec, shape: BankShape, base_llm: str) -> str | None:
@@ -186,9 +217,14 @@ def too_many_annotations(spec: CellSpec, shape: BankShape) -> str | None:
 def _remedy(spec: CellSpec, shape: BankShape, wanted: int) -> str:
     """The smallest pairs_per_prompt that would do, where there is one."""
     most = int(shape.count_train.max(initial=1))
-    for pairs in range(spec.values.pairs_per_prompt + 1, most * (most - 1) // 2 + 1):
-        if spec.pairing.capacity(spec.candidates.size(shape.count_train, pairs)) >= wanted:
-            return f"raise pairs_per_prompt (to {pairs} or more), "
+    tried = range(spec.values.pairs_per_prompt + 1, most * (most - 1) // 2 + 1)
+
+    def capacity(pairs: int) -> int:
+        return spec.pairing.capacity(spec.candidates.size(shape.count_train, pairs))
+
+    if tried and capacity(tried[-1]) >= wanted:
+        pairs = tried[bisect.bisect_left(tried, wanted, key=capacity)]
+        return f"raise pairs_per_prompt (to {pairs} or more), "
     return "take more candidates (candidates.k), " if getattr(spec.candidates, "k", None) not in (None, "all") else ""
 
 
@@ -200,8 +236,8 @@ def available_annotations(spec: CellSpec, shape: BankShape) -> int:
 def _sized(model: Any, size: Size | None) -> Any:
     """The reward model with its null fields filled from the size of the simulated bank."""
     fields = size.reward_model.get(model.kind, {}) if size else {}
-    current = {f: getattr(model, f) for f in fields}
-    node = {"kind": model.kind, **{f: v for f, v in fields.items() if current[f] is None}}
+    component.build("reward_model", {"kind": model.kind, **fields})  # size.reward_model has no type of its own
+    node = {"kind": model.kind, **{f: v for f, v in fields.items() if getattr(model, f) is None}}
     return component.override(model, node) if len(node) > 1 else model
 
 

@@ -34,6 +34,10 @@ PACKAGES = {
     "engine": "rmsweep.engines",
 }
 KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
+SECRET = re.compile(
+    r"(^|_)(passw(or)?d|secret|credentials?)($|_)|(^|_)(api|auth|access|hf|private)_?(key|token)$|^token$"
+)
+MAX_SHOWN = 200
 _REGISTRY: dict[tuple[str, str], type] = {}
 T = TypeVar("T")
 
@@ -50,6 +54,7 @@ def component(group: str, kind: str | None = None, *, version: int = 1) -> Calla
             raise unknown("component group", group, PACKAGES)
         if not KIND.fullmatch(name):
             raise ConfigError(f"{name!r} is no valid kind: lower-case letters, digits and _ only")
+        _refuse_secrets(group, name, cls)
         known = _REGISTRY.get((group, name))
         if known is not None and known.__qualname__ != cls.__qualname__:
             raise ConfigError(f"two components claim {group}.kind={name!r}: {known!r} and {cls!r}")
@@ -60,6 +65,16 @@ def component(group: str, kind: str | None = None, *, version: int = 1) -> Calla
         return cls
 
     return register
+
+
+def _refuse_secrets(group: str, kind: str, cls: type) -> None:
+    """Configs are written to plans, logs and tables, so none may carry a secret."""
+    for name in getattr(cls, "__annotations__", {}):
+        if SECRET.search(name.lower()):
+            raise ConfigError(
+                f"{group} kind {kind!r}: field {name!r} would write a secret into plans, logs and results; "
+                "read it where it is used, from the environment or a file"
+            )
 
 
 def nested(group: str, kind: str) -> Any:
@@ -111,7 +126,10 @@ def defaults(group: str, kind: str) -> dict[str, Any]:
 
 def build(group: str, node: Any) -> Any:
     """The component that `node` describes, every field checked; raises ConfigError naming field and choices."""
-    node = {"kind": node} if isinstance(node, str) else dict(node)
+    node = {"kind": node} if isinstance(node, str) else node
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{group}={_shown(node)}: needs the name of a kind, one of {', '.join(kinds(group))}")
+    node = dict(node)
     if "kind" not in node:
         raise ConfigError(f"{group}: a config needs 'kind', one of {', '.join(kinds(group))}")
     cls = get(group, node.pop("kind"))
@@ -189,7 +207,13 @@ def _validated(group: str, cls: type, node: Mapping[str, Any]) -> Any:
 def _explain(group: str, error: Any) -> str:
     path = ".".join(str(part) for part in error["loc"] if isinstance(part, str) and part.isidentifier())
     name = ".".join(part for part in (group, path) if part)
-    return f"{name}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{name}={_shown(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut at MAX_SHOWN."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
 def _required(f: dataclasses.Field[Any]) -> bool:

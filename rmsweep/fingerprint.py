@@ -41,8 +41,12 @@ def digest(value: Any) -> str:
 
 def digest_of_parts(parts: Mapping[str, str]) -> str:
     """digest() of a mapping of which every value is given as its canonical JSON text."""
-    text = ",".join(f"{json.dumps(name)}:{parts[name]}" for name in sorted(parts))
-    return hashlib.sha256(f"{{{text}}}".encode()).hexdigest()[:DIGITS]
+    return hashlib.sha256(joined(parts).encode()).hexdigest()[:DIGITS]
+
+
+def joined(parts: Mapping[str, str]) -> str:
+    """Canonical JSON text of a mapping of which every value is given as its canonical JSON text."""
+    return "{" + ",".join(f"{json.dumps(name)}:{parts[name]}" for name in sorted(parts)) + "}"
 
 
 def file_sha256(path: Path) -> str:
@@ -52,3 +56,19 @@ def file_sha256(path: Path) -> str:
         while block := handle.read(1 << 20):
             state.update(block)
     return state.hexdigest()
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+    """JSON text of a mapping with a digest of itself in it; `unsealed` reads it."""
+    return (json.dumps({**value, "digest": digest(value)}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """What `sealed` was given; ValueError where that was changed. Text of old, without a digest, is taken as it is."""
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not a mapping")
+    found = value.pop("digest", None)
+    if found not in (None, digest(value)):
+        raise ValueError("it fails its checksum")
+    return value

@@ -52,8 +52,15 @@ class Gone(Exception):
     """A part that held a wanted row was merged into another one, or damaged, since the row was found: find it again."""
 
 
+class Damaged(Exception):
+    """A part's bytes are not what they were published as; says how."""
+
+
 class Files:
-    """The files of one folder that are named as parts. set_aside: told of a damaged one (path, problem)."""
+    """The files of one folder that are named as parts, of arrays named <fingerprint>/<name> unless a subclass says.
+
+    set_aside: told of a damaged one (path, problem).
+    """
 
     def __init__(self, folder: Path, set_aside: Callable[[Path, str], None]) -> None:
         self.folder, self._set_aside = folder, set_aside
@@ -67,18 +74,37 @@ class Files:
 
     def read(self, name: str) -> bytes | None:
         """The verified bytes of a part; None where it is gone, or damaged and now set aside."""
-        path = self.folder / name
         try:
-            data = atomic.read(path)
+            return self._verified(name)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            self._set_aside(path, f"cannot be read ({error.strerror})")
+        except Damaged as damaged:
+            self._set_aside(self.folder / name, str(damaged))
             return None
-        if sha(data) == name.partition("-")[2].partition(".")[0]:
-            return data
-        self._set_aside(path, "its bytes are not those of its name")
-        return None
+
+    def cells(self, name: str) -> set[str]:
+        """Fingerprints of the cells that a part holds something of; it is verified and nothing set aside.
+
+        Raises Damaged, and FileNotFoundError where it is gone.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            return {key.partition("/")[0] for key in load(self._verified(name))}
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise Damaged(f"is no part of this version ({error})") from None
+
+    def _verified(self, name: str) -> bytes:
+        try:
+            data = atomic.read(self.folder / name)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise Damaged(f"cannot be read ({error.strerror})") from None
+        if sha(data) != name.partition("-")[2].partition(".")[0]:
+            raise Damaged("its bytes are not those of its name")
+        return data
 
     def listed(self) -> Iterator[str]:
         """Every part's name, to be read as it comes.
@@ -117,6 +143,8 @@ class Parts(Files):
         super().__init__(folder, set_aside)
         self.schema, self.conflicts = schema, set[str]()
         self._names, self._order = list(small), order
+        self._small_schema = pa.schema([schema.field(name) for name in small])
+        self._asked, self._foreign = set[str](), set[str]()  # cells asked for so far; parts with none of them
         self._index: dict[str, list[tuple[Any, ...]]] = {}  # parts never change: read and verified once per process
 
     def find(self, wanted: Set[str]) -> dict[str, Found]:
@@ -185,34 +213,52 @@ class Parts(Files):
             kept.setdefault(text, row)
         return self.take(list(kept.values()))
 
+    def cells(self, name: str) -> set[str]:
+        """As of `Files`; also refuses what has not this schema."""
+        if name not in self._index:
+            self._index[name] = self._small(self._verified(name))
+        return {small[0] for small in self._index[name]}
+
     def _indexed(self, wanted: Set[str]) -> dict[str, list[tuple[Any, ...]]]:
         """Part -> its small columns, row by row, of every sound part that concerns the wanted cells."""
         names = []
+        if not self._asked.issuperset(wanted):
+            self._asked |= wanted
+            self._foreign.clear()
         for name in self.listed() if wanted else ():
-            self._look(name, wanted)
+            self._look(name)
             names.append(name)
         return {name: self._index[name] for name in sorted(names) if name in self._index}
 
-    def _look(self, name: str, wanted: Set[str]) -> None:
-        if name in self._index or not self._concerns(self.folder / name, wanted):
+    def _look(self, name: str) -> None:
+        if name in self._index or name in self._foreign:
+            return
+        if not self._concerns(self.folder / name):
+            self._foreign.add(name)
             return
         data = self.read(name)
         if data is None:
             return
         try:
+            self._index[name] = self._small(data)
+        except Damaged as damaged:
+            self._set_aside(self.folder / name, str(damaged))
+
+    def _small(self, data: bytes) -> list[tuple[Any, ...]]:
+        """The small columns of a part, row by row. Raises Damaged."""
+        try:
             file = _parquet(pa.BufferReader(data))
             _conform(file.schema_arrow.empty_table(), self.schema)
-            columns = file.read(columns=self._names).select(self._names)
+            columns = _conform(file.read(columns=self._names), self._small_schema)
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
-            self._set_aside(self.folder / name, f"is no part of this version ({error})")
-            return
-        self._index[name] = list(zip(*(column.to_pylist() for column in columns.columns), strict=True))
+            raise Damaged(f"is no part of this version ({error})") from None
+        return list(zip(*(column.to_pylist() for column in columns.columns), strict=True))
 
-    def _concerns(self, path: Path, wanted: Set[str]) -> bool:
-        """Whether a part may hold a wanted cell: foreign sweeps' parts need not be read whole."""
+    def _concerns(self, path: Path) -> bool:
+        """Whether a part may hold a cell that was asked for: foreign sweeps' parts need not be read whole."""
         try:
             with _parquet(path) as file:
-                return not wanted.isdisjoint(file.read(columns=["fingerprint"])["fingerprint"].to_pylist())
+                return not self._asked.isdisjoint(file.read(columns=["fingerprint"])["fingerprint"].to_pylist())
         except FileNotFoundError:
             return False
         except (OSError, pa.ArrowException, ValueError, KeyError):

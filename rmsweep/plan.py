@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,28 +18,36 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rmsweep import atomic
+from rmsweep import atomic, provenance
 from rmsweep.cell import (
     GROUPS,
+    KEY,
+    PARTS,
     CellSpec,
     PlannedCell,
     bank_id,
     build_cell,
     cell_id,
+    cell_parts,
     fingerprint,
+    key_parts,
+    strict_parts,
     why_skipped,
 )
 from rmsweep.datasets import BankShape
 from rmsweep.errors import ConfigError, DataError, DesignError, StoreError
-from rmsweep.fingerprint import canonical_json, digest, file_sha256
-from rmsweep.grid import VALUES, Grid, GridCell, Sweep, derived_name
+from rmsweep.fingerprint import canonical_json, digest, digest_of_parts, file_sha256, sealed, unsealed
+from rmsweep.grid import VALUES, Grid, GridCell, Sweep, check_name, derived_name
 from rmsweep.presets import Presets
 from rmsweep.reward_models import Compute
 from rmsweep.schemas import AXES, F
 
 FORMAT = 1
+HEADER, TABLE = "plan.json", "plan.parquet"
+REMEDY = "the same `rmsweep run` as before writes it again"
 KEEP = ("none", "scores", "models")
 CONFIG_KEYS = (*GROUPS, "size", *VALUES, "error_rate", "evaluate")
+IDENTITY = (*PARTS, KEY)
 NO_BANK = BankShape(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), False)
 
 
@@ -54,8 +65,9 @@ class BankSize(NamedTuple):
 class Plan:
     """A sweep, resolved: its name, every cell in grid order, and what was resolved once for all of them.
 
-    bank_bytes: bank_id -> estimated size of the bank on disk; bank_sizes: its shape. kept_bytes: what `keep`
-    adds. unknown: why identities are missing (the data are not here), None when they are known.
+    reuse: what makes a stored result count as this cell's (provenance.REUSE). bank_bytes: bank_id -> estimated size of
+    the bank on disk; bank_sizes: its shape. kept_bytes: what `keep` adds. unknown: why identities are missing (the data
+    are not here), None when they are known.
     """
 
     name: str
@@ -63,27 +75,40 @@ class Plan:
     compute: Compute
     keep: str = "none"
     plugins: tuple[str, ...] = ()
+    reuse: str = "versions"
     bank_bytes: Mapping[str, int] = field(default_factory=dict, compare=False)
     bank_sizes: Mapping[str, BankSize] = field(default_factory=dict, compare=False)
     kept_bytes: int = field(default=0, compare=False)
     unknown: str | None = field(default=None, compare=False)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path) -> list[str]:
         """Write plan.parquet and plan.json into `folder`; a plan that is there becomes the union of both.
 
-        Raises ConfigError when that plan is pinned to another device or precision, or to other plug-ins.
+        A damaged one is set aside, and cells whose data, versions or defaults have changed since give way to those of
+        now; what was done about it is returned. Raises ConfigError when the plan that is there is pinned to another
+        device or precision, or to other plug-ins.
         """
-        header, table = self._header(), _table(self.cells)
-        if (folder / "plan.json").exists():
-            if read_header(folder) == header and _read_table(folder).equals(table):
-                return  # the same command again
-            merged = _union(Plan.read(folder), self, folder)
-            header, table = merged._header(), _table(merged.cells)
+        plan, table, notes, previous = self, _table(self.cells), list[str](), None
+        if (folder / HEADER).exists() or (folder / TABLE).exists():
+            try:
+                header = read_header(folder)
+                sums = header.pop("table", None)
+                if header == self._header() and _read_table(folder, sums).equals(table):
+                    return []  # the same command again
+                old, previous = Plan.read(folder), atomic.sha256(folder / TABLE)[1]
+            except StoreError as error:
+                notes.append(_set_aside(folder, error))
+            else:
+                plan, notes = _union(old, self, folder)
+                table = _table(plan.cells)
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd", compression_level=9, write_page_checksum=True)
+        data = sink.getvalue().to_pybytes()
+        tables = [hashlib.sha256(data).hexdigest(), *filter(None, [previous])]  # so that it fits at every moment
         atomic.probe(folder)
-        atomic.replace(folder / "plan.parquet", sink.getvalue().to_pybytes())
-        atomic.replace(folder / "plan.json", (json.dumps(header, indent=1, sort_keys=True) + "\n").encode())
+        atomic.replace(folder / HEADER, sealed({**plan._header(), "table": tables}), "plan")
+        atomic.replace(folder / TABLE, data, "plan")
+        return notes
 
     def _header(self) -> dict[str, Any]:
         return {
@@ -91,6 +116,7 @@ class Plan:
             "name": self.name,
             "compute": self.compute._asdict(),
             "keep": self.keep,
+            "reuse": self.reuse,
             "plugins": {str(path): file_sha256(Path(path)) for path in self.plugins},
         }
 
@@ -98,33 +124,72 @@ class Plan:
     def read(folder: Path) -> Plan:
         """The plan in `folder`; raises StoreError when there is none or it cannot be read."""
         header = read_header(folder)
+        try:
+            cells = _cells(_read_table(folder, header.get("table")))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise StoreError(f"{folder / 'plan.parquet'}: is no plan ({type(error).__name__}: {error})") from None
         return Plan(
             name=header["name"],
-            cells=_cells(_read_table(folder)),
+            cells=cells,
             compute=Compute(**header["compute"]),
             keep=header["keep"],
             plugins=tuple(header["plugins"]),
+            reuse=header["reuse"],
         )
 
 
-def _read_table(folder: Path) -> pa.Table:
+def _set_aside(folder: Path, error: StoreError) -> str:
+    mark = uuid.uuid4().hex[:8]
+    for name in (HEADER, TABLE):
+        atomic.move(folder / name, folder / f"{name}.{mark}.damaged")
+    return (
+        f"{error}; set aside as *.{mark}.damaged. The plan of this command stands in its place; other grids that were "
+        "run under this name have to be run again, which finds their results in the store"
+    )
+
+
+def _read_table(folder: Path, sums: Sequence[str] | None = None) -> pa.Table:
+    """The table of cells; sums: the sha256 that it may have."""
     try:
-        return pq.read_table(folder / "plan.parquet", page_checksum_verification=True)
+        if sums is not None and atomic.sha256(folder / TABLE)[1] not in sums:
+            raise StoreError(f"{folder / TABLE}: fails its checksum; {REMEDY}")
+        return pq.read_table(folder / TABLE, page_checksum_verification=True)
+    except StoreError:
+        raise
     except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{folder / 'plan.parquet'}: cannot be read ({error})") from None
+        raise StoreError(f"{folder / TABLE}: cannot be read ({error}); {REMEDY}") from None
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """plan.json of a sweep's folder: name, compute, keep and the sha256 of every plug-in."""
+    """plan.json of a sweep's folder: name, compute, keep, reuse and the sha256 of every plug-in."""
+    path = folder / HEADER
     try:
-        header: dict[str, Any] = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        header = unsealed(atomic.read(path))
     except FileNotFoundError:
         raise StoreError(f"{folder}: holds no plan (plan.json); plan the sweep with `rmsweep run`") from None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{folder / 'plan.json'}: cannot be read ({error})") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise StoreError(f"{path}: cannot be read ({error}); {REMEDY}") from None
     if header.get("format") != FORMAT:
-        raise StoreError(f"{folder / 'plan.json'}: format {header.get('format')}, this version reads {FORMAT}")
-    return header
+        raise StoreError(f"{path}: format {header.get('format')}, this version reads {FORMAT}")
+    try:
+        _check_header(header)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path}: is no plan ({type(error).__name__}: {error}); {REMEDY}") from None
+    return {"reuse": "versions", **header}  # plans of before there was a choice
+
+
+def _check_header(header: Mapping[str, Any]) -> None:
+    """Refuse a header that this version did not write; above all a name that would be a path."""
+    check_name(str(header["name"]))
+    compute = Compute(**header["compute"])
+    if compute.device not in ("cpu", "cuda") or compute.precision not in ("fp32", "bf16"):
+        raise ValueError(f"compute {compute}")
+    if header["keep"] not in KEEP:
+        raise ValueError(f"keep {header['keep']!r}")
+    if header.get("reuse", "versions") not in provenance.REUSE:
+        raise ValueError(f"reuse {header['reuse']!r}")
+    if not all(isinstance(text, str) for pair in header["plugins"].items() for text in pair):
+        raise ValueError("plugins")
 
 
 def make(
@@ -135,15 +200,20 @@ def make(
     keep: str = "none",
     plugins: Sequence[str] = (),
     need_data: bool = True,
+    reuse: str = "versions",
 ) -> Plan:
     """The plan of `sweep`: every cell composed, checked and identified; nothing is computed or written.
 
+    reuse: "versions": a stored result counts where config, inputs and declared versions are the same; "strict": only if
+    also the code of the cell's stages and the installed libraries are.
     Raises ConfigError for values impossible in every cell, DesignError when no cell can run, DataError when
     data are missing or unsound; with `need_data=False` such data only leave the identities empty.
     """
     if keep not in KEEP:
         raise ConfigError(f"keep={keep}: allowed are {', '.join(KEEP)}")
-    planner = _Planner(compute, need_data, keep)
+    if reuse not in provenance.REUSE:
+        raise ConfigError(f"reuse={reuse}: allowed are {', '.join(provenance.REUSE)}")
+    planner = _Planner(compute, need_data, keep, reuse)
     points, cells = [], []
     for point in Grid(sweep, presets).cells():
         points.append(point)
@@ -156,6 +226,7 @@ def make(
         compute=compute,
         keep=keep,
         plugins=tuple(str(p) for p in plugins),
+        reuse=reuse,
         bank_bytes=planner.bank_bytes,
         bank_sizes=planner.bank_sizes,
         kept_bytes=planner.kept_bytes,
@@ -174,8 +245,20 @@ def sweep_folder(root: Path, name: str) -> Path:
 
 
 def pinned_compute(folder: Path) -> Compute | None:
-    """Device and precision that the plan in `folder` is pinned to; None where there is no plan."""
-    return Compute(**read_header(folder)["compute"]) if (folder / "plan.json").exists() else None
+    """Device and precision that the plan in `folder` is pinned to; None where there is no sound plan."""
+    return None if (header := _sound_header(folder)) is None else Compute(**header["compute"])
+
+
+def pinned_reuse(folder: Path) -> str | None:
+    """What the plan in `folder` was last planned to reuse; None where there is no sound plan."""
+    return None if (header := _sound_header(folder)) is None else str(header["reuse"])
+
+
+def _sound_header(folder: Path) -> dict[str, Any] | None:
+    """plan.json, unless it is absent, or damaged: then `Plan.write` sets it aside."""
+    with contextlib.suppress(StoreError):
+        return read_header(folder)
+    return None
 
 
 class _Source(NamedTuple):
@@ -185,11 +268,22 @@ class _Source(NamedTuple):
     shape: BankShape | None
 
 
+class _Code(NamedTuple):
+    """The code of a cell's stages in its keys. text: stage -> digest as JSON; strict, strict_bank: what counts besides
+    for the cell and for its bank where reuse is strict; key: text of what the fingerprint holds beside the cell_id.
+    """
+
+    text: str
+    strict: dict[str, Any]
+    strict_bank: dict[str, Any]
+    key: str
+
+
 class _Planner:
     """Composes, checks and identifies cells; whatever cells share is done once."""
 
-    def __init__(self, compute: Compute, need_data: bool, keep: str) -> None:
-        self.compute, self.need_data, self.keep = compute, need_data, keep
+    def __init__(self, compute: Compute, need_data: bool, keep: str, reuse: str) -> None:
+        self.compute, self.need_data, self.keep, self.reuse = compute, need_data, keep, reuse
         self.errors: dict[int, ConfigError] = {}  # position in the grid -> why the config is not sound
         self.bank_bytes: dict[str, int] = {}
         self.bank_sizes: dict[str, BankSize] = {}
@@ -197,6 +291,7 @@ class _Planner:
         self.unknown: str | None = None
         self._position = -1
         self._cache: dict[Any, Any] = {}
+        self._codes: dict[str, _Code] = {}
 
     def plan(self, point: GridCell) -> PlannedCell:
         """The planned cell at one point of the grid."""
@@ -229,13 +324,28 @@ class _Planner:
              values.pairs_per_prompt),
             lambda: why_skipped(spec, shape, llm),
         )  # fmt: skip
-        bank = self._once(("bank", source_key), lambda: bank_id(spec, inputs))
+        code = self._once(("code", _key(point, *GROUPS)), lambda: self._code(spec))
+        bank = self._once(("bank", source_key), lambda: bank_id(spec, inputs, code.strict_bank))
         if reason is None:
             if bank not in self.bank_bytes:
                 self.bank_bytes[bank], self.bank_sizes[bank] = bank_bytes(spec, shape), bank_size(spec, shape)
             self.kept_bytes += kept_bytes(spec, shape, self.keep)
-        cell = cell_id(spec, inputs, lambda name, make: self._once(("text", name, *_text_key(point, name)), make))
-        return PlannedCell(cell, fingerprint(cell, self.compute), bank, labels, point.config, reason)
+        parts = cell_parts(spec, inputs, lambda name, make: self._once(("text", name, *_text_key(point, name)), make))
+        cell = digest_of_parts(parts)
+        key = fingerprint(cell, self.compute, code.strict)
+        return PlannedCell(cell, key, bank, labels, point.config, reason, {**parts, KEY: code.key}, code.text)
+
+    def _code(self, spec: CellSpec) -> _Code:
+        """What the code of a cell's stages adds to its keys; one text for all cells that run the same."""
+        code = provenance.code_of(spec)
+        text = canonical_json(code)
+        if text not in self._codes:
+            libraries = provenance.strict_libraries()
+            cell, bank = (strict_parts(c, libraries) for c in (code, code["generate"]))
+            if self.reuse != "strict":
+                cell = bank = {}
+            self._codes[text] = _Code(text, cell, bank, canonical_json(key_parts(self.compute, cell)))
+        return self._codes[text]
 
     def _spec(self, point: GridCell) -> CellSpec:
         """build_cell(point.config); components and values that an earlier cell had are not checked again."""
@@ -389,8 +499,8 @@ def kept_bytes(spec: CellSpec, shape: BankShape, keep: str) -> int:
 # -- files -------------------------------------------------------------------------------------------------
 
 
-def _union(old: Plan, new: Plan, folder: Path) -> Plan:
-    """Both plans' cells, the old ones first; what was pinned must agree."""
+def _union(old: Plan, new: Plan, folder: Path) -> tuple[Plan, list[str]]:
+    """Both plans' cells, the old ones first, and what to say of it; what was pinned must agree."""
     if old.compute != new.compute:
         raise ConfigError(
             f"sweep {old.name} is pinned to {_spelled(old.compute)}, not {_spelled(new.compute)}; "
@@ -401,7 +511,24 @@ def _union(old: Plan, new: Plan, folder: Path) -> Plan:
         if path in pinned and file_sha256(Path(path)) != pinned[path]:
             raise ConfigError(f"sweep {old.name} was planned with another {path}; give another sweep.name=NAME")
     plugins = tuple(dict.fromkeys((*old.plugins, *new.plugins)))
-    return dataclasses.replace(new, name=old.name, cells=_merged(old.cells, new.cells), plugins=plugins)
+    kept = _not_superseded(old.cells, new.cells)
+    gone = len(old.cells) - len(kept)
+    notes = [
+        f"{gone:,} cells of sweep {old.name} give way to those planned now, of the same labels or config but with "
+        "other data, versions or defaults; their results stay in the store"
+    ]
+    return dataclasses.replace(new, name=old.name, cells=_merged(kept, new.cells), plugins=plugins), notes[: bool(gone)]
+
+
+def _not_superseded(old: Sequence[PlannedCell], new: Sequence[PlannedCell]) -> list[PlannedCell]:
+    """Old cells without those that a new one stands for: a reader of the table could not tell the two apart."""
+    ids = {cell.cell_id for cell in new}
+    meant = {canonical_json(part) for cell in new for part in (cell.labels, cell.config)}
+    return [
+        cell
+        for cell in old
+        if cell.cell_id in ids or meant.isdisjoint((canonical_json(cell.labels), canonical_json(cell.config)))
+    ]
 
 
 def _merged(old: Sequence[PlannedCell], new: Sequence[PlannedCell]) -> list[PlannedCell]:
@@ -433,20 +560,28 @@ def _table(cells: Sequence[PlannedCell]) -> pa.Table:
             texts[id(value)] = canonical_json(value)
         return texts[id(value)]
 
+    nothing: dict[str, str] = {}
     columns: dict[str, list[Any]] = {
         "cell_id": [c.cell_id for c in cells],
         "fingerprint": [c.fingerprint for c in cells],
         "bank_id": [c.bank_id for c in cells],
         "reason": [c.reason for c in cells],
         "labels": [canonical_json(c.labels) for c in cells],
+        "code": [c.code for c in cells],
     }
+    for part in IDENTITY:
+        columns[f"identity.{part}"] = [(c.identity or nothing).get(part) for c in cells]
     for key in CONFIG_KEYS:
         columns[f"config.{key}"] = [text(c.config[key]) if key in c.config else None for c in cells]
     return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
 
 def _cells(table: pa.Table) -> list[PlannedCell]:
-    columns = table.to_pydict()
+    own = ("cell_id", "fingerprint", "bank_id", "labels", "reason", *(f"config.{key}" for key in CONFIG_KEYS))
+    columns = {name: _texts(table, name) for name in own}
+    empty = [None] * len(table)  # plans of before there were these columns
+    later = ("code", *(f"identity.{part}" for part in IDENTITY))
+    columns |= {name: _texts(table, name) if name in table.column_names else empty for name in later}
     parsed: dict[str, Any] = {}
 
     def value(text: str) -> Any:
@@ -458,8 +593,19 @@ def _cells(table: pa.Table) -> list[PlannedCell]:
     for i, label_text in enumerate(columns["labels"]):
         config = {k: value(t) for k in CONFIG_KEYS if (t := columns[f"config.{k}"][i]) is not None}
         cell, key, bank = (columns[name][i] for name in ("cell_id", "fingerprint", "bank_id"))
-        result.append(PlannedCell(cell, key, bank, _ordered(json.loads(label_text)), config, columns["reason"][i]))
+        identity = {part: t for part in IDENTITY if (t := columns[f"identity.{part}"][i]) is not None}
+        labels = _ordered(json.loads(label_text))
+        result.append(
+            PlannedCell(cell, key, bank, labels, config, columns["reason"][i], identity or None, columns["code"][i])
+        )
     return result
+
+
+def _texts(table: pa.Table, name: str) -> list[Any]:
+    """A column of texts, equal ones as one object."""
+    encoded = table[name].combine_chunks().dictionary_encode()
+    values = encoded.dictionary.to_pylist()
+    return [None if i is None else values[i] for i in encoded.indices.to_pylist()]
 
 
 def _ordered(labels: dict[str, Any]) -> dict[str, Any]:

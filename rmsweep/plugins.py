@@ -9,14 +9,16 @@ from pathlib import Path
 from rmsweep import component
 from rmsweep.errors import ConfigError
 from rmsweep.fingerprint import file_sha256
+from rmsweep.paths import user_path
 
 
 def load(path: str | Path) -> str:
     """Import the file at `path` and return its sha256; components it registers carry it in their identity.
 
-    Raises ConfigError where the file is missing, is no Python file or does not import.
+    Only for a path that the user gave: what a file on the disk names is never imported. Raises ConfigError where the
+    file is missing, is no Python file or does not import.
     """
-    file = Path(path)
+    file = user_path(path, "--plugin")
     if file.suffix != ".py" or not file.is_file():
         raise ConfigError(f"--plugin {path}: no such Python file; it takes a FILE.py that registers components")
     sha = file_sha256(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +12,53 @@ import yaml
 
 from rmsweep import component
 from rmsweep.errors import ConfigError, unknown
+from rmsweep.paths import user_path
 
 OPTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,127})*")
 MAX_BYTES = 1 << 20
+MAX_DEPTH = 32  # of nested values
 PLAIN_GROUPS = ("size", "sweep")  # groups whose options are no components
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML data without aliases (bombs), duplicate keys, or words like `on` read as booleans."""
+    """YAML data without tags, aliases (bombs), duplicate or merge keys, dates, or words like `on` read as booleans."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse aliases: a config has no use for them and nested ones grow without bound."""
-        if self.check_event(yaml.AliasEvent):
+        """Refuse aliases, which nested grow without bound, and tags, which name types: a config has no use for them."""
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not allowed")
+        if getattr(event, "tag", None) is not None:
+            raise yaml.YAMLError(f"tags ({event.tag}) are not allowed; configs hold plain data and name no type")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         """Refuse a key that stands twice."""
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        twice = [k for k in keys if keys.count(k) > 1]
-        if twice:
-            raise yaml.YAMLError(f"key {twice[0]!r} stands twice")
+        seen = set()
+        for key in (self.construct_object(k, deep=True) for k, _ in node.value):
+            if not isinstance(key, Hashable) or key in seen:
+                raise yaml.YAMLError(f"key {key!r} {'stands twice' if isinstance(key, Hashable) else 'is no name'}")
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:bool"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false)$", re.I), list("tTfF"))
-_Loader.add_implicit_resolver(  # 1e-3 is a number, as Hydra reads it
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+def _resolvers() -> dict[Any, list[tuple[str, re.Pattern[str]]]]:
+    """YAML's words for null as they are; true and false; numbers as Hydra reads them (no octal, base 60 or dates)."""
+    null = "tag:yaml.org,2002:null"
+    known = yaml.SafeLoader.yaml_implicit_resolvers
+    found = {first: [(tag, pattern) for tag, pattern in pairs if tag == null] for first, pairs in known.items()}
+    number = r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.inf|\.nan)$"
+    for tag, pattern, firsts in (
+        ("bool", re.compile(r"^(true|false)$", re.I), "tTfF"),
+        ("int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), "-+0123456789"),
+        ("float", re.compile(number, re.I), "-+.0123456789"),
+    ):
+        for first in firsts:
+            found.setdefault(first, []).append((f"tag:yaml.org,2002:{tag}", pattern))
+    return found
+
+
+_Loader.yaml_implicit_resolvers = _resolvers()
 
 
 def conf_dir() -> Path:
@@ -61,7 +76,7 @@ class Presets:
         self.folders = [conf_dir(), *folders]
         self.extra = extra or {}
         for folder in self.folders:
-            if not folder.is_dir():
+            if not user_path(folder, "--config-dir").is_dir():
                 raise ConfigError(f"config folder {folder} does not exist; --config-dir takes a folder like conf/")
 
     @functools.cached_property
@@ -95,7 +110,9 @@ class Presets:
         found: dict[str, Path] = {}
         for folder in self.folders:
             for path in sorted((folder / group).rglob("*.yaml")):
-                found[path.relative_to(folder / group).with_suffix("").as_posix()] = path
+                name = path.relative_to(folder / group).with_suffix("").as_posix()
+                if OPTION.fullmatch(name):
+                    found[name] = path
         return found
 
     @functools.cache  # noqa: B019  one Presets lives as long as its process
@@ -108,7 +125,7 @@ class Presets:
         node = read_yaml(files[option])
         if group in PLAIN_GROUPS:
             return node
-        if "kind" not in node:
+        if not isinstance(node.get("kind"), str):
             raise ConfigError(f"{files[option]}: needs 'kind', one of {', '.join(component.kinds(group))}")
         return complete(group, node)
 
@@ -120,31 +137,62 @@ def complete(group: str, node: dict[str, Any]) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping as plain data: no tags, no aliases, no interpolation; ConfigError names file and line."""
-    if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path}: larger than 1 MiB; a config file holds settings, not data")
+    if not path.is_file():  # a named pipe would be waited for
+        raise ConfigError(f"{path}: not a regular file; a config is a file of YAML")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        with open(path, "rb") as handle:
+            content = handle.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path}: larger than 1 MiB; a config file holds settings, not data")
+        data = yaml.load(content.decode("utf-8-sig"), Loader=_Loader)
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     if data is None:
         return {}
-    if not isinstance(data, dict) or not all(isinstance(k, str) for k in data):
+    if not isinstance(data, dict):
         raise ConfigError(f"{path}: must be a mapping of names to values")
-    refuse_interpolation(data, str(path))
+    check_data(data, str(path))
     return data
 
 
-def refuse_interpolation(value: Any, where: str) -> None:
-    """Configs are data: `${...}` (environment, resolvers) is refused wherever it stands."""
-    if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{where}: {value!r}: interpolation ${{...}} is not allowed; write the value itself")
-    if isinstance(value, dict):
+def check_data(value: Any, where: str, depth: int = 0) -> None:
+    """Refuse what is no plain data in a config: ConfigError that begins with `where`.
+
+    Plain are null, booleans, whole numbers of 64 bits, other numbers, text, and lists and mappings of them; never
+    interpolation ${...} (environment, resolvers), wherever it stands.
+    """
+    if depth > MAX_DEPTH:
+        raise ConfigError(f"{where}: nested more than {MAX_DEPTH} deep")
+    if isinstance(value, str):
+        _check_text(value, where)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ConfigError(f"{where}: a whole number beyond 64 bits; allowed are -2^63 to 2^63 - 1")
+    elif isinstance(value, dict):
         for key, item in value.items():
-            refuse_interpolation(key, where)
-            refuse_interpolation(item, f"{where}: {key}")
+            if not isinstance(key, str):
+                raise ConfigError(f"{where}: key {key!r}: keys are names (text; quote them where YAML reads a value)")
+            _check_text(key, where)
+            check_data(item, f"{where}: {key}", depth + 1)
     elif isinstance(value, list | tuple):
         for item in value:
-            refuse_interpolation(item, where)
+            check_data(item, where, depth + 1)
+    elif value is not None and not isinstance(value, int | float):
+        raise ConfigError(f"{where}: a {type(value).__name__} is no setting; allowed: numbers, text, true, false, null")
+
+
+def _check_text(text: str, where: str) -> None:
+    if "${" in text:
+        raise ConfigError(f"{where}: {text[:100]!r}: interpolation ${{...}} is not allowed; write the value itself")
+    if "_target_" in text:
+        raise ConfigError(f"{where}: '_target_' is not allowed; configs hold data and name no code")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{where}: {text[:100]!r} is no text that UTF-8 can hold") from None
+    if "\0" in text:
+        raise ConfigError(f"{where}: {text[:100]!r} holds a NUL character")
 
 
 def _known_groups() -> set[str]:

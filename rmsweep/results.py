@@ -7,8 +7,8 @@ crashes in between. What differs between runs (times, hosts, attempts) is in cos
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from rmsweep import atomic
 from rmsweep.cell import PlannedCell
 from rmsweep.errors import ConfigError, StoreError
-from rmsweep.fingerprint import canonical_json, digest
+from rmsweep.fingerprint import canonical_json, digest, sealed, unsealed
 from rmsweep.parts import Gone, Row, again
 from rmsweep.plan import sweep_folder
 from rmsweep.schemas import AXES, COSTS, METRICS, SCHEMA_VERSION, STATUS, Column, arrow
@@ -43,12 +43,13 @@ MEASURED = ("beta", "n_annotations")  # the record's value goes before the label
 
 
 ROW_GROUP = 1024  # rows in memory at once
+SEAL_TRIES = 3
 
 
 class Tables(NamedTuple):
     """What was written: path of results.parquet, its rows by status, how many planned cells have no row yet.
 
-    files: size and sha256 of every table, taken of the very bytes that were written.
+    files: size and sha256 of every table.
     """
 
     results: Path
@@ -60,14 +61,14 @@ class Tables(NamedTuple):
 # -- making the tables -------------------------------------------------------------------------------------
 
 
-def assemble(cells: Sequence[PlannedCell], store: Store, folder: Path) -> Tables:
+def assemble(cells: Sequence[PlannedCell], store: Store, folder: Path, made_from: str = "") -> Tables:
     """Write the tables of planned cells into a sweep's folder, each in place of the one before.
 
     results.parquet: one row per cell that was skipped by the plan or has a record; prompts.parquet: its golden_picked,
     and costs.parquet in the same order. Only labels and places of the rows are in memory for all cells, the
-    rows themselves for ROW_GROUP cells at a time.
+    rows themselves for ROW_GROUP cells at a time. made_from: their `seal`, taken before.
     """
-    return cast(Tables, again(lambda: _assemble(cells, store, folder)))
+    return cast(Tables, again(lambda: _assemble(cells, store, folder, made_from)))
 
 
 def current(folder: Path, store: Store) -> Tables | None:
@@ -76,12 +77,30 @@ def current(folder: Path, store: Store) -> Tables | None:
     That is so when plan, chosen rows and the bytes of the three tables are those that tables.json was written for.
     """
     try:
-        known = json.loads(atomic.read(folder / SEAL))
+        known = unsealed(atomic.read(folder / SEAL))
         found = {name: list(atomic.sha256(folder / f"{name}.parquet")) for name in TABLES}
         same = known["seal"] == seal(folder, store) and known["files"] == found
         return Tables(folder / "results.parquet", known["counts"], known["n_missing"], found) if same else None
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, Gone):
         return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a table according to the tables.json beside it; None where it is sound or nothing is known."""
+    for _ in range(SEAL_TRIES):  # a driver may write both while we read
+        try:
+            known = unsealed(atomic.read(path.parent / SEAL))
+            sums = [known["files"].get(path.stem), known.get("previous", {}).get(path.stem)]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return f"{path.parent / SEAL}: cannot be read ({error})"
+        try:
+            if list(atomic.sha256(path)) in sums:
+                return None
+        except OSError as error:
+            return f"{path}: cannot be read ({error.strerror or error})"
+    return f"{path}: fails its checksum"
 
 
 def seal(folder: Path, store: Store) -> str:
@@ -96,40 +115,53 @@ def seal(folder: Path, store: Store) -> str:
     return digest([SCHEMA_VERSION, ROW_GROUP, atomic.sha256(folder / "plan.parquet"), repr(rows)])
 
 
-def _assemble(cells: Sequence[PlannedCell], store: Store, folder: Path) -> Tables:
+def _assemble(cells: Sequence[PlannedCell], store: Store, folder: Path, made_from: str) -> Tables:
     wanted = {cell.fingerprint for cell in cells if cell.reason is None}
-    chosen, files = store.record_parts.pick(wanted), dict[str, list[Any]]()
+    chosen = store.record_parts.pick(wanted)
     place = {key: cell.row for key, cell in chosen.items()}
     ordered = sorted(cells, key=_order)
     rows = [cell for cell in ordered if cell.reason is not None or cell.fingerprint in place]
-    _write_costs(ordered, store, folder, files)
-    _write_results(rows, store, place, folder, files)
     found = Counter("skipped" if c.reason is not None else chosen[c.fingerprint].small[1] for c in rows)
     counts = {status: found[status] for status in ("done", "failed", "diverged", "skipped")}
-    return Tables(folder / "results.parquet", counts, len(cells) - len(rows), files)
+    with contextlib.ExitStack() as stack:
+        drafts = {n: stack.enter_context(atomic.Draft(folder / f"{n}.parquet", "table")) for n in TABLES}
+        _write_costs(ordered, store, drafts["costs"])
+        _write_results(rows, store, place, drafts["results"], drafts["prompts"])
+        files = {name: [draft.size, draft.sha256] for name, draft in drafts.items()}
+        for draft in drafts.values():
+            draft.seal()
+        tables = Tables(folder / "results.parquet", counts, len(cells) - len(rows), files)
+        _write_seal(folder, tables, made_from)
+        for name in reversed(TABLES):  # results last: who sees it finds the others
+            drafts[name].replace()
+    return tables
 
 
-def write_seal(folder: Path, tables: Tables, sealed: str) -> None:
-    """Write tables.json: what the tables were made from, and their checksums; `current` reads it.
+def _write_seal(folder: Path, tables: Tables, made_from: str) -> None:
+    """Write tables.json, before the tables: what they are made from, and the checksums of the new and the old ones.
 
-    The checksums are those of what this driver wrote: another one may have replaced the files since.
+    So a table fits it at every moment. The checksums are those of what this driver wrote: another one may replace it.
     """
-    state = {"seal": sealed, "files": tables.files, "counts": tables.counts, "n_missing": tables.n_missing}
-    atomic.replace(folder / SEAL, (json.dumps(state, indent=1, sort_keys=True) + "\n").encode())
+    sound = [n for n in TABLES if (folder / f"{n}.parquet").exists() and damage(folder / f"{n}.parquet") is None]
+    state = {
+        "seal": made_from,
+        "files": tables.files,
+        "previous": {name: list(atomic.sha256(folder / f"{name}.parquet")) for name in sound},
+        "counts": tables.counts,
+        "n_missing": tables.n_missing,
+    }
+    atomic.replace(folder / SEAL, sealed(state), "seal")
 
 
 def _write_results(
-    rows: Sequence[PlannedCell], store: Store, place: Mapping[str, Row], folder: Path, files: dict[str, list[Any]]
+    rows: Sequence[PlannedCell], store: Store, place: Mapping[str, Row], into: atomic.Draft, prompts_into: atomic.Draft
 ) -> None:
-    """results.parquet and prompts.parquet side by side; results last: who sees it finds the others."""
+    """results.parquet and prompts.parquet side by side."""
     labels, seen = _label_columns(rows), set[str]()
     schema = pa.schema(
         [STATUS_FIELDS[0], *((k, v.type) for k, v in labels.items()), *STATUS_FIELDS[1:], *METRIC_FIELDS]
     )
-    with (
-        _table_file(folder, "results", schema, files) as results,
-        _table_file(folder, "prompts", arrow(PROMPTS), files) as prompts,
-    ):
+    with _table(into, schema) as results, _table(prompts_into, arrow(PROMPTS)) as prompts:
         for start in range(0, len(rows), ROW_GROUP):
             part = rows[start : start + ROW_GROUP]
             records = store.record_parts.take([place[c.fingerprint] for c in part if c.reason is None])
@@ -148,26 +180,38 @@ def _first(keys: pa.ChunkedArray, seen: set[str]) -> pa.Array:
     return pa.array(mask, pa.bool_())
 
 
-def _write_costs(ordered: Iterable[PlannedCell], store: Store, folder: Path, files: dict[str, list[Any]]) -> None:
+def _write_costs(ordered: Iterable[PlannedCell], store: Store, into: atomic.Draft) -> None:
     """costs.parquet: the last attempt of every cell, in the order of results.parquet."""
     place = store.cost_parts.choose({cell.fingerprint for cell in ordered if cell.reason is None})
     rows = [place[key] for key in dict.fromkeys(cell.fingerprint for cell in ordered) if key in place]
-    with _table_file(folder, "costs", arrow(COSTS), files) as file:
+    with _table(into, arrow(COSTS)) as file:
         for start in range(0, len(rows), ROW_GROUP):
             file.write_table(store.cost_parts.take(rows[start : start + ROW_GROUP]))
 
 
 @contextlib.contextmanager
-def _table_file(folder: Path, name: str, schema: pa.Schema, files: dict[str, list[Any]]) -> Iterator[pq.ParquetWriter]:
-    """A table that takes the place of the one before when the block ends without an error; pages have checksums.
-
-    Its size and sha256 go into `files` under its name.
-    """
+def _table(into: atomic.Draft, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A Parquet writer into a draft; pages have checksums."""
     schema = schema.with_metadata({"rmsweep.schema_version": str(SCHEMA_VERSION)})
-    with atomic.replacing(folder / f"{name}.parquet") as handle:
-        with pq.ParquetWriter(handle, schema, compression="zstd", write_page_checksum=True) as writer:
-            yield writer
-        files[name] = list(atomic.sha256_of(handle))
+    sink = pa.PythonFile(_Sink(into), mode="w")
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+        yield writer
+
+
+class _Sink(io.RawIOBase):
+    """A draft as the file object that pyarrow writes to."""
+
+    def __init__(self, draft: atomic.Draft) -> None:
+        self._draft = draft
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        return self._draft.write(data)
+
+    def tell(self) -> int:
+        return self._draft.size
 
 
 def _results(cells: Sequence[PlannedCell], labels: Mapping[str, pa.Array], records: pa.Table) -> pa.Table:
@@ -183,6 +227,7 @@ def _results(cells: Sequence[PlannedCell], labels: Mapping[str, pa.Array], recor
         **measured,
         "status": pc.fill_null(records["status"], "skipped"),
         "reason": pc.coalesce(records["reason"].combine_chunks(), reasons),
+        "cause": records["cause"],
         **{column.name: records[column.name] for column in METRICS},
     }
     return pa.table(columns)
@@ -234,7 +279,7 @@ def _sortable(value: Any) -> tuple[int, float, str]:
 
 def mark_last(root: Path, name: str) -> None:
     """Remember which sweep was run last."""
-    atomic.replace(root / "sweeps" / LAST, name.encode())
+    atomic.replace(root / "sweeps" / LAST, name.encode(), "plan")
 
 
 def last_sweep(root: Path) -> str:
@@ -272,6 +317,8 @@ def _results_file(path: Path) -> Path:
 
 
 def _read(path: Path, columns: Iterable[str] | None = None) -> pa.Table:
+    if problem := damage(path):
+        raise StoreError(f"{problem}; `rmsweep run` writes it again")
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             return file.read(columns=None if columns is None else list(columns))

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import json
-import platform
 import resource
 import socket
 import sys
@@ -23,23 +21,25 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from rmsweep import hardware, plugins
-from rmsweep.errors import ConfigError, DesignError, Diverged, StoreError
+from rmsweep import causes, hardware, plugins, provenance
+from rmsweep.causes import Cause
+from rmsweep.errors import ConfigError, DataError, DesignError, Diverged, StoreError
+from rmsweep.fingerprint import file_sha256
 from rmsweep.reward_models import Compute
 from rmsweep.schemas import RECORD
 from rmsweep.store import Store, table_of
+from rmsweep.text import printable
 
 PIPELINE = "rmsweep.runner:pipeline"
 FLUSH_SECONDS = 60.0
 KEPT_BYTES = 256 << 20  # kept arrays of a unit are merged up to this size, then begin another file
-LIBRARIES = ("rmsweep", "torch", "numpy", "scipy", "scikit-learn", "lightgbm", "pyarrow")
 
 
 class Work(Protocol):
     """What is run: the real pipeline, or a cheap stand-in of the tests."""
 
-    def build(self, config: Mapping[str, Any], folder: Path) -> None:
-        """Write the bank of a cell's config into `folder`."""
+    def build(self, config: Mapping[str, Any], folder: Path, inputs: Mapping[str, str]) -> None:
+        """Write the bank of a cell's config into `folder`; `inputs`: sha256 of every file it is made from, by name."""
         ...
 
     def open(self, folder: Path) -> Any:
@@ -85,21 +85,24 @@ class Job(NamedTuple):
 
 
 class BankTask(NamedTuple):
-    """A bank to build out of any of its cells' configs."""
+    """A bank to build out of any of its cells' configs; inputs: sha256 of every file it is made from, by name."""
 
     job: Job
     bank_id: str
     config: dict[str, Any]
+    inputs: dict[str, str] = {}  # noqa: RUF012  never changed
 
 
 class CellTask(NamedTuple):
-    """One cell of a unit; attempt counts from 1."""
+    """One cell of a unit; attempt counts from 1. code, identity: as in schemas.COSTS."""
 
     cell_id: str
     fingerprint: str
     labels: dict[str, Any]
     config: dict[str, Any]
     attempt: int
+    code: str | None = None
+    identity: str | None = None
 
 
 class UnitTask(NamedTuple):
@@ -124,11 +127,15 @@ class Reply(NamedTuple):
 class _Pipeline:
     """The real thing; imports torch only when used."""
 
-    def build(self, config: Mapping[str, Any], folder: Path) -> None:
+    def build(self, config: Mapping[str, Any], folder: Path, inputs: Mapping[str, str]) -> None:
         from rmsweep.cell import build_cell
 
         spec = build_cell(config)
         spec.dataset.generate(spec.base_llm, spec.size, spec.embedder, folder)
+        files = spec.dataset.inputs(spec.base_llm, spec.embedder)
+        for name, sha in inputs.items():  # after reading them: what was planned is what was read
+            if file_sha256(Path(files[name])) != sha:
+                raise DataError(f"{files[name]}: has changed since the sweep was planned; run the same command again")
 
     def open(self, folder: Path) -> Any:
         from rmsweep.bank import Bank
@@ -167,7 +174,7 @@ def build_bank(task: BankTask, channel: Channel) -> Reply:
         _check_job(task.job)
         start = time.perf_counter()
         with one_thread():
-            store.build_bank(task.bank_id, lambda folder: work.build(task.config, folder))
+            store.build_bank(task.bank_id, lambda folder: work.build(task.config, folder, task.inputs))
         log.line(f"bank {task.bank_id} ready after {time.perf_counter() - start:.2f} s")
     except StoreError as error:
         return Reply("fatal", str(error), _notes(store))
@@ -196,7 +203,8 @@ def run_unit(task: UnitTask, channel: Channel) -> Reply:
                 finished = run_cell(task, cell, run)
                 part.add(finished)
                 log.cell(cell, finished)
-                channel.send(("cell", cell.fingerprint, finished.record["status"], finished.cost["traceback"]))
+                record, trace = finished.record, finished.cost["traceback"]
+                channel.send(("cell", cell.fingerprint, record["status"], record["cause"], trace))
     except StoreError as error:
         return Reply("fatal", str(error), _notes(store))
     except _Refused as error:
@@ -234,35 +242,44 @@ def run_cell(task: UnitTask, cell: CellTask, run: Callable[[], Any]) -> Finished
     try:
         outcome = run()
         metrics = {name: None if _is_nan(value) else value for name, value in outcome.metrics.items()}
-        record = {**_record(cell, "done", None), **metrics}
+        record = {**_record(cell, "done", None, None), **metrics}
         record["golden_picked"] = np.asarray(outcome.golden_picked, dtype=np.float32)
         table_of([record], RECORD)  # what the table cannot hold fails this cell, not its unit
     except StoreError:
         raise
     except Diverged as error:
-        return unfinished(task.unit_id, cell, "diverged", str(error))
+        return unfinished(task.unit_id, cell, "diverged", "diverged", str(error))
     except DesignError as error:
-        return unfinished(task.unit_id, cell, "skipped", str(error))
+        return unfinished(task.unit_id, cell, "skipped", None, str(error))
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        return unfinished(task.unit_id, cell, "failed", reason, traceback.format_exc())
+        name, text = type(error).__name__, str(error)
+        cause = causes.of_error(name, text)
+        return unfinished(task.unit_id, cell, "failed", cause, f"{name}: {text}", traceback.format_exc())
     cost = {**_cost(task.unit_id, cell), **{f"seconds_{k}": v for k, v in outcome.seconds.items()}}
     nothing = {"nothing": np.zeros(0)} if task.job.keep != "none" else {}  # a model without a safe format
     return Finished(record, cost, outcome.kept or nothing)
 
 
-def unfinished(unit_id: str, cell: CellTask, status: str, reason: str, trace: str | None = None) -> Finished:
+def unfinished(
+    unit_id: str, cell: CellTask, status: str, cause: Cause | None, reason: str, trace: str | None = None
+) -> Finished:
     """A cell that gave no metrics; the reason on one line."""
     cost = {**_cost(unit_id, cell), "traceback": trace}
-    return Finished(_record(cell, status, " ".join(reason.split())), cost, {})
+    return Finished(_record(cell, status, " ".join(reason.split()), cause), cost, {})
 
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float | np.floating) and bool(np.isnan(value))
 
 
-def _record(cell: CellTask, status: str, reason: str | None) -> dict[str, Any]:
-    return {"fingerprint": cell.fingerprint, "cell_id": cell.cell_id, "status": status, "reason": reason}
+def _record(cell: CellTask, status: str, reason: str | None, cause: Cause | None) -> dict[str, Any]:
+    return {
+        "fingerprint": cell.fingerprint,
+        "cell_id": cell.cell_id,
+        "status": status,
+        "reason": reason,
+        "cause": cause,
+    }
 
 
 def _cost(unit_id: str, cell: CellTask) -> dict[str, Any]:
@@ -273,7 +290,9 @@ def _cost(unit_id: str, cell: CellTask) -> dict[str, Any]:
         "peak_memory_mib": _peak_memory_mib(),
         "attempt": cell.attempt,
         "host": socket.gethostname(),
-        "versions": versions(),
+        "versions": provenance.versions(),
+        "code": cell.code,
+        "identity": cell.identity,
         "traceback": None,
     }
 
@@ -281,16 +300,6 @@ def _cost(unit_id: str, cell: CellTask) -> dict[str, Any]:
 def _peak_memory_mib() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-@functools.cache
-def versions() -> str:
-    """Versions of Python and of the libraries that make numbers, as JSON."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return json.dumps(found, sort_keys=True)
 
 
 class Part:
@@ -362,7 +371,7 @@ class Log:
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as handle:
-                handle.write(text.rstrip("\n") + "\n")
+                handle.write(printable(text.rstrip("\n")) + "\n")
 
     def cell(self, cell: CellTask, finished: Finished) -> None:
         """One finished cell."""
@@ -407,7 +416,7 @@ def _notes(store: Store) -> tuple[str, ...]:
 
 
 def _load(path: str) -> Any:
-    from rmsweep.engines.local import load
+    from rmsweep.engines import load
 
     return load(path)
 

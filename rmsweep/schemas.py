@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 F, I, S, LF, LI = pa.float64(), pa.int64(), pa.string(), pa.list_(pa.float64()), pa.list_(pa.int64())  # noqa: E741
 
 
@@ -73,6 +73,7 @@ STATUS = (
     Column("cell_id", S, "hash of the cell's config and inputs"),
     Column("status", S, "done, failed, diverged or skipped"),
     Column("reason", S, "why a cell is not done"),
+    Column("cause", S, "why in one word: oom, timeout, diverged, data, bug, preempted; null where skipped"),
 )
 
 COSTS = (
@@ -86,6 +87,8 @@ COSTS = (
     Column("attempt", I, "1 for the first try"),
     Column("host", S, "machine name"),
     Column("versions", S, "library versions, JSON"),
+    Column("code", S, "digest of the code of each stage, JSON"),
+    Column("identity", S, "what cell_id and fingerprint are hashes of, JSON; see `rmsweep plan --why`"),
     Column("traceback", S, "of a failed cell"),
 )
 

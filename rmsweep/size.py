@@ -24,4 +24,4 @@ class Size:
     M: Annotated[int, Field(ge=2)]
     D: Positive
     quantities: tuple[int, ...] = ()
-    reward_model: dict[str, Any] = field(default_factory=dict)
+    reward_model: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -12,9 +12,9 @@ from typing import Any
 
 from rmsweep import atomic
 from rmsweep.cell import PlannedCell
-from rmsweep.execute import STATUS_FILE
 from rmsweep.fingerprint import canonical_json
 from rmsweep.plan import Plan, sweep_folder
+from rmsweep.progress import STATUS_FILE
 from rmsweep.store import State, Store
 
 STATES = ("done", "failed", "diverged", "skipped", "pending")
@@ -77,13 +77,14 @@ def _spelled(value: Any) -> str:
 
 def _failures(cells: Sequence[PlannedCell], states: Sequence[State]) -> list[dict[str, Any]]:
     """Failed, diverged and skipped cells grouped by reason, the largest group first; some cell ids of each."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str, str], list[str]] = {}
     for cell, state in zip(cells, states, strict=True):
         if state.status not in ("done", "pending"):
-            groups.setdefault((state.status, state.reason or ""), []).append(cell.cell_id)
+            groups.setdefault((state.status, state.cause or "", state.reason or ""), []).append(cell.cell_id)
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     return [
-        {"status": status, "reason": reason, "count": len(ids), "cells": ids[:5]} for (status, reason), ids in ordered
+        {"status": status, "cause": cause or None, "reason": reason, "count": len(ids), "cells": ids[:5]}
+        for (status, cause, reason), ids in ordered
     ]
 
 
@@ -93,12 +94,13 @@ def _running(folder: Path) -> dict[str, Any] | None:
         state: dict[str, Any] = json.loads(atomic.read(folder / STATUS_FILE))
         if state["host"] == platform.node():
             os.kill(int(state["pid"]), 0)
-        return state
+        numbers = (state["computed"], state["total"], state["eta_seconds"] or 0)
+        return state if all(isinstance(n, int | float) for n in numbers) else None
     except ProcessLookupError:
         return None  # it was killed
     except PermissionError:
         return state
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -127,7 +129,8 @@ def render(summary: Mapping[str, Any]) -> str:
 def _failure_lines(failures: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["not done, by reason"] if failures else []
     for group in failures[:MAX_REASONS]:
-        lines.append(f"  {group['count']:,} {group['status']}: {group['reason']} (cell {group['cells'][0]})")
+        cause = f" ({group['cause']})" if group["cause"] not in (None, group["status"]) else ""
+        lines.append(f"  {group['count']:,} {group['status']}{cause}: {group['reason']} (cell {group['cells'][0]})")
     if len(failures) > MAX_REASONS:
         lines.append(f"  ... {len(failures) - MAX_REASONS} more reasons: see --json")
     return lines

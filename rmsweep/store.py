@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,17 +29,19 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rmsweep import atomic
+from rmsweep.bank import reference_problem
 from rmsweep.errors import StoreError
 from rmsweep.fingerprint import canonical_json, digest
 from rmsweep.parts import Files, Gone, Parts, sha
 from rmsweep.schemas import COSTS, RECORD, arrow
 
 KEY = re.compile(r"[0-9a-f]{16,64}")
+FOLDERS = ("banks", "results", "costs", "kept", "claims", "quarantine")
 FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MANIFEST = "manifest.json"
 RANK = {"done": 0, "diverged": 1, "skipped": 2, "failed": 3}  # which of several records of one cell counts
 COSTS_SCHEMA = arrow(COSTS)
-RECORD_SMALL, COSTS_SMALL = ("fingerprint", "status", "reason"), ("fingerprint", "attempt")
+RECORD_SMALL, COSTS_SMALL = ("fingerprint", "status", "reason", "cause"), ("fingerprint", "attempt")
 MANY_SMALL, MERGE_BELOW, MERGE_TO = 64, 30, 60  # more than so many parts of fewer rows than that become parts of these
 
 
@@ -49,6 +50,7 @@ class State(NamedTuple):
 
     status: str
     reason: str | None
+    cause: str | None = None
 
 
 class Store:
@@ -74,11 +76,23 @@ class Store:
 
     def prepare(self) -> None:
         """Make the folders and prove that they can be written; StoreError naming the path otherwise."""
-        for name in ("banks", "results", "costs", "kept", "quarantine"):
+        for name in FOLDERS:
             atomic.probe(self.folder / name)
         atomic.fsync_folder(self.folder)
 
+    @property
+    def part_files(self) -> dict[str, Files]:
+        """Every kind of parts, by the name of their folder."""
+        return {"results": self.record_parts, "costs": self.cost_parts, "kept": self._kept}
+
     # -- banks ---------------------------------------------------------------------------------------------
+
+    def bank_ids(self) -> list[str]:
+        """Every bank that is published, sound or not."""
+        try:
+            return sorted(name for name in os.listdir(self.folder / "banks") if KEY.fullmatch(name))
+        except FileNotFoundError:
+            return []
 
     def has_bank(self, bank_id: str) -> bool:
         """Whether a bank is published; its bytes are verified when it is opened."""
@@ -104,14 +118,13 @@ class Store:
         if folder is not None:
             return folder
         temporary = self.folder / "banks" / atomic.temporary_name(_key(bank_id))
-        with atomic.disk_errors(temporary):
-            os.mkdir(temporary)
         try:
+            atomic.make_folder(temporary)
             _generate(generate, temporary)
             _write_manifest(temporary, bank_id)
             atomic.publish_folder(temporary, self._bank(bank_id))
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            atomic.remove_folder(temporary)
         folder = self.bank(bank_id)
         if folder is None:
             raise StoreError(f"{self._bank(bank_id)}: was published and fails its checksums; is the disk sound?")
@@ -138,14 +151,13 @@ class Store:
     def discard(self, files: Iterable[Path]) -> None:
         """Remove parts that a published one has replaced."""
         for path in files:
-            with contextlib.suppress(FileNotFoundError), atomic.disk_errors(path):
-                os.unlink(path)
+            atomic.remove(path)
 
     def _part(self, kind: str, unit: str, data: bytes, suffix: str) -> Path:
         path = self.folder / kind / f"{_key(unit)}-{sha(data)}.{suffix}"
         if path.exists() and _sha_of(path) != sha(data):
             self._set_aside(path, "its bytes are not those of its name", force=True)
-        atomic.publish(path, data)
+        atomic.publish(path, data, kind)
         return path
 
     # -- parts: reading ------------------------------------------------------------------------------------
@@ -170,7 +182,7 @@ class Store:
         return {name for data in self._kept.sound(lambda path: True) for name in load(data)}
 
     def states(self, fingerprints: Iterable[str]) -> dict[str, State]:
-        """Fingerprint -> status and reason of the cells that have a record; holds those columns only."""
+        """Fingerprint -> status, reason and cause of the cells that have a record; holds those columns only."""
         return {key: State(*found.small[1:]) for key, found in self.record_parts.find(set(fingerprints)).items()}
 
     def attempts(self, fingerprints: Iterable[str]) -> dict[str, int]:
@@ -183,7 +195,7 @@ class Store:
         Of several records of a cell done goes before diverged, skipped and failed, then the smaller reason, then the
         smaller digest of the record.
         """
-        names = None if columns is None else list(dict.fromkeys(["fingerprint", "status", "reason", *columns]))
+        names = None if columns is None else list(dict.fromkeys([*RECORD_SMALL, *columns]))
         return self.record_parts.table(set(fingerprints), names)
 
     def costs(self, fingerprints: Iterable[str]) -> pa.Table:
@@ -222,14 +234,12 @@ class Store:
             self.corrupt.append(f"{path}: {problem}")
             return
         target = self.folder / "quarantine" / f"{path.name}.{uuid.uuid4().hex[:8]}"
-        with contextlib.suppress(FileNotFoundError), atomic.disk_errors(path):
-            os.rename(path, target)
-            atomic.fsync_folder(path.parent)
+        atomic.move(path, target)
         self.corrupt.append(f"{path}: {problem}; moved to {target}, it will be computed again")
 
 
-def bank_problem(folder: Path, bank_id: str) -> str | None:
-    """What is wrong with a published bank (absent, foreign or changed files), or None."""
+def bank_problem(folder: Path, bank_id: str, told: Callable[[int], object] = lambda n_bytes: None) -> str | None:
+    """What is wrong with a published bank (absent, foreign or changed files), or None. told: bytes of each file."""
     try:
         manifest = json.loads(atomic.read(folder / MANIFEST))
         files = manifest["files"]
@@ -239,13 +249,15 @@ def bank_problem(folder: Path, bank_id: str) -> str | None:
         if present != set(files):
             return f"files {sorted(present ^ set(files))} are absent or foreign"
         for name, entry in files.items():
-            if [*atomic.sha256(folder / name)] != [entry["size"], entry["sha256"]]:
+            size, found = atomic.sha256(folder / name)
+            told(size)
+            if [size, found] != [entry["size"], entry["sha256"]]:
                 return f"{name} fails its checksum"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is absent"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"cannot be read ({error})"
-    return None
+    return reference_problem(folder)
 
 
 def _generate(generate: Callable[[Path], None], folder: Path) -> None:
@@ -268,15 +280,15 @@ def _write_manifest(folder: Path, bank_id: str) -> None:
         size, sha = atomic.fsync_file(path)
         files[path.name] = {"size": size, "sha256": sha}
     manifest = {"bank_id": bank_id, "digest": _manifest_digest(bank_id, files), "files": files}
-    atomic.publish(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    atomic.replace(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode(), "bank")
 
 
 def _manifest_digest(bank_id: str, files: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json({"bank_id": bank_id, "files": files}).encode()).hexdigest()
 
 
-def _record_order(status: str, reason: str | None) -> tuple[Any, ...]:
-    return (RANK.get(status, len(RANK)), reason or "")
+def _record_order(status: str, reason: str | None, cause: str | None) -> tuple[Any, ...]:
+    return (RANK.get(status, len(RANK)), reason or "", cause or "")
 
 
 def _cost_order(attempt: int | None) -> tuple[Any, ...]:

@@ -153,7 +153,7 @@ class Ledger:
         """Add to the sums."""
         sums = self.read()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic.replace(self.path, json.dumps({k: sums[k] + amounts.get(k, 0.0) for k in self.KEYS}).encode())
+        atomic.replace(self.path, json.dumps({k: sums[k] + amounts.get(k, 0.0) for k in self.KEYS}).encode(), "table")
 
 
 def build_banks(sample: Plan, root: Path) -> dict[str, float]:
@@ -168,7 +168,7 @@ def build_banks(sample: Plan, root: Path) -> dict[str, float]:
     for bank in missing:
         start = time.perf_counter()
         with one_thread():  # as a worker builds it
-            store.build_bank(bank, lambda folder, bank=bank: pipeline.build(configs[bank], folder))
+            store.build_bank(bank, lambda folder, bank=bank: pipeline.build(configs[bank], folder, {}))
         spent = {"bank_seconds": spent["bank_seconds"] + time.perf_counter() - start, "banks": spent["banks"] + 1}
     return spent
 

@@ -2,7 +2,9 @@
 
 Its numbers are a pure function of the cell's config. Environment variables (workers inherit them) say how a run goes:
 FAKE_LEDGER: a folder that gets one file per computed cell and per built bank. FAKE_SECONDS: how long a cell takes.
-FAKE_FAULTS: JSON, seed -> raise | diverge | skip | die | die_once | stray_column | slow; "bank" -> raise | die.
+FAKE_FAULTS: JSON, seed -> raise | diverge | skip | die | segfault | terminated | stray_column | slow | hang | hog |
+short | data, and the same with _once; "bank" -> raise | die | hang; "open" -> how often opening
+a bank fails. FAKE_HOG: bytes that hog takes.
 """
 
 import json
@@ -17,7 +19,7 @@ import numpy as np
 
 from rmsweep import execute
 from rmsweep.engines.local import Local
-from rmsweep.errors import DesignError, Diverged
+from rmsweep.errors import DataError, DesignError, Diverged
 from rmsweep.grid import describe
 from rmsweep.plan import make
 from rmsweep.presets import Presets
@@ -34,17 +36,23 @@ class FakeOutcome(NamedTuple):
 class Fake:
     """A rmsweep.runner.Work."""
 
-    def build(self, config, folder):
+    def build(self, config, folder, inputs=None):
         note("bank")
         fault = faults().get("bank")
         if fault == "raise":
             raise RuntimeError("no such world")
         if fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-        for name in ("golden.npy", "embedding.npy"):
-            np.save(folder / name, np.arange(1000, dtype=np.float32))
+        if fault == "hang":
+            time.sleep(1000)
+        golden = np.arange(1000, dtype=np.float32) + config["dataset"].get("seed", 0)
+        np.save(folder / "golden.npy", golden)
+        np.save(folder / "embedding.npy", 2 * golden)
 
     def open(self, folder):
+        if (fault := faults().get("open")) and len(OPENED) < fault:
+            OPENED.append(folder)
+            raise RuntimeError("no such bank")
         return np.load(folder / "golden.npy")
 
     def run(self, config, bank, compute, cache, keep):
@@ -67,6 +75,7 @@ class Fake:
 
 
 WORK = Fake()
+HOGGED, OPENED = [], []
 
 
 def faults():
@@ -76,10 +85,22 @@ def faults():
 def apply(fault, seed):
     """Let the cell go wrong."""
     marker = Path(os.environ.get("FAKE_LEDGER", "/nonexistent")) / f"died-{seed}"
-    if fault == "die" or (fault == "die_once" and not marker.exists()):
-        if fault == "die_once":
-            marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+    if fault and fault.endswith("_once"):
+        fault = None if marker.exists() else fault[: -len("_once")]
+        marker.touch()
+    numbers = {"die": signal.SIGKILL, "segfault": signal.SIGSEGV, "terminated": signal.SIGTERM}
+    if fault in numbers:
+        os.kill(os.getpid(), numbers[fault])
+        time.sleep(1)
+    if fault == "hang":
+        time.sleep(1000)
+    if fault == "hog":
+        HOGGED.append(np.ones(int(os.environ["FAKE_HOG"]) // 8))
+        time.sleep(1000)
+    if fault == "short":
+        raise MemoryError
+    if fault == "data":
+        raise DataError("row 3 of it is NaN")
     time.sleep(30 if fault == "slow" else float(os.environ.get("FAKE_SECONDS", "0")))
     if fault == "raise":
         raise ValueError(f"seed {seed} does not work")
@@ -101,6 +122,8 @@ def fake_plan(n_seeds=6, betas=(1.0,), name="s", worlds=(0,), keep="none", exclu
     return make(describe(node), Presets(), keep=keep)
 
 
-def fake_run(plan, root, workers=0, **options):
+def fake_run(plan, root, workers=0, engine=None, **options):
     """execute.run with the fake in place of the pipeline."""
-    return execute.run(plan, Path(root), Local(workers=workers), progress=False, work="fake_pipeline:WORK", **options)
+    engine = engine or Local(workers=workers)
+    options = {"progress": False, "work": "fake_pipeline:WORK", **options}
+    return execute.run(plan, Path(root), engine, **options)

@@ -1,7 +1,10 @@
 """The file protocol: whole or not at all, never replaced by accident, and the disk's refusals named."""
 
 import errno
+import hashlib
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -16,15 +19,15 @@ def entries(folder):
 def test_publish_writes_once(tmp_path):
     """Catches a second publication that fails, or leaves a temporary file or link behind."""
     path = tmp_path / "a"
-    assert atomic.publish(path, b"one") is True and atomic.publish(path, b"one") is False
+    assert atomic.publish(path, b"one", "results") is True and atomic.publish(path, b"one", "results") is False
     assert path.read_bytes() == b"one" and entries(tmp_path) == ["a"] and path.stat().st_nlink == 1
 
 
 def test_publish_never_replaces_other_bytes(tmp_path):
     """Catches an overwriting rename: equal keys with different bytes are nondeterminism."""
-    atomic.publish(tmp_path / "a", b"one")
+    atomic.publish(tmp_path / "a", b"one", "results")
     with pytest.raises(StoreError, match=r"a: exists with other bytes.*nondeterminism"):
-        atomic.publish(tmp_path / "a", b"two")
+        atomic.publish(tmp_path / "a", b"two", "results")
     assert (tmp_path / "a").read_bytes() == b"one" and entries(tmp_path) == ["a"]
 
 
@@ -36,9 +39,9 @@ def test_publish_without_hard_links(tmp_path, monkeypatch, code):
         raise OSError(code, "no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    assert atomic.publish(tmp_path / "a", b"one") and not atomic.publish(tmp_path / "a", b"one")
+    assert atomic.publish(tmp_path / "a", b"one", "results") and not atomic.publish(tmp_path / "a", b"one", "results")
     with pytest.raises(StoreError, match="nondeterminism"):
-        atomic.publish(tmp_path / "a", b"two")
+        atomic.publish(tmp_path / "a", b"two", "results")
     assert entries(tmp_path) == ["a"]
 
 
@@ -51,7 +54,7 @@ def test_link_that_succeeded_but_says_it_exists(tmp_path, monkeypatch):
         raise FileExistsError(errno.EEXIST, "exists")
 
     monkeypatch.setattr(os, "link", twice)
-    assert atomic.publish(tmp_path / "a", b"one") is True
+    assert atomic.publish(tmp_path / "a", b"one", "results") is True
 
 
 def test_order_is_fsync_publish_fsync_folder(tmp_path, monkeypatch):
@@ -61,7 +64,7 @@ def test_order_is_fsync_publish_fsync_folder(tmp_path, monkeypatch):
         os, "fsync", lambda fd: (seen.append("dir" if os.path.isdir(f"/proc/self/fd/{fd}") else "file"), fsync(fd))
     )
     monkeypatch.setattr(os, "link", lambda *a, **k: (seen.append("link"), link(*a, **k)))
-    atomic.publish(tmp_path / "a", b"x")
+    atomic.publish(tmp_path / "a", b"x", "results")
     assert seen == ["file", "link", "dir"]
 
 
@@ -78,7 +81,7 @@ def test_refusals_of_the_disk(tmp_path, monkeypatch, call, code):
         pytest.raises(StoreError, match=f"a: cannot be written .{os.strerror(code)}") as info,
     ):
         patch.setattr(os, call, refuse)
-        atomic.publish(tmp_path / "a", b"one")
+        atomic.publish(tmp_path / "a", b"one", "results")
     assert info.value.exit_code == 3 and entries(tmp_path) == []
 
 
@@ -86,22 +89,22 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
     """Catches os.write taken to write everything."""
     write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
-    atomic.publish(tmp_path / "a", b"0123456789")
+    atomic.publish(tmp_path / "a", b"0123456789", "results")
     assert (tmp_path / "a").read_bytes() == b"0123456789"
 
 
 def test_replace_keeps_the_old_file_when_it_fails(tmp_path, monkeypatch):
     """Catches truncation in place: a table survives a full disk."""
-    atomic.replace(tmp_path / "t", b"old")
+    atomic.replace(tmp_path / "t", b"old", "results")
 
     def refuse(*_):
         raise OSError(errno.ENOSPC, "full")
 
     with monkeypatch.context() as patch, pytest.raises(StoreError):
         patch.setattr(os, "fsync", refuse)
-        atomic.replace(tmp_path / "t", b"new")
+        atomic.replace(tmp_path / "t", b"new", "results")
     assert (tmp_path / "t").read_bytes() == b"old" and entries(tmp_path) == ["t"]
-    atomic.replace(tmp_path / "t", b"new")
+    atomic.replace(tmp_path / "t", b"new", "results")
     assert (tmp_path / "t").read_bytes() == b"new"
 
 
@@ -112,7 +115,7 @@ def test_symbolic_links_are_not_followed(tmp_path):
     with pytest.raises(OSError):
         atomic.read(tmp_path / "a")
     with pytest.raises(StoreError):
-        atomic.publish(tmp_path / "a", b"one")
+        atomic.publish(tmp_path / "a", b"one", "results")
     assert (tmp_path / "secret").read_bytes() == b"one"
 
 
@@ -139,16 +142,49 @@ def test_numpy_short_write_is_disk_trouble():
     assert not atomic.is_disk_trouble(FileNotFoundError(errno.ENOENT, "no such file"))
 
 
-def test_replacing_takes_the_place_at_the_end_only(tmp_path):
+def test_a_draft_takes_the_place_at_the_end_only(tmp_path):
     """Catches a half-written table under its name, and a temporary file left behind by an error."""
     path = tmp_path / "a"
-    with atomic.replacing(path) as handle:
-        handle.write(b"one")
-        assert not path.exists()
+    with atomic.Draft(path, "table") as draft:
+        draft.write(b"one")
+        draft.seal()
+        assert not path.exists() and (draft.size, draft.sha256) == (3, hashlib.sha256(b"one").hexdigest())
+        draft.replace()
     assert path.read_bytes() == b"one"
-    with pytest.raises(ValueError, match="stop"), atomic.replacing(path) as handle:
-        handle.write(b"two")
+    with pytest.raises(ValueError, match="stop"), atomic.Draft(path, "table") as draft:
+        draft.write(b"two")
         raise ValueError("stop")
-    with pytest.raises(StoreError, match="No space"), atomic.replacing(path) as handle:
-        raise OSError(errno.ENOSPC, "No space left on device")
     assert path.read_bytes() == b"one" and entries(tmp_path) == ["a"]
+
+
+def test_what_stops_a_draft_keeps_its_own_error(tmp_path):
+    """Catches an error of reading, inside the block, that is reported as an error of writing this file."""
+    with pytest.raises(FileNotFoundError), atomic.Draft(tmp_path / "a", "table"):
+        atomic.read(tmp_path / "b")
+
+
+def test_stale_handles_of_nfs_are_asked_again(tmp_path, monkeypatch):
+    """Catches ESTALE, which NFS gives for a file that was replaced, taken for a damaged part."""
+    (tmp_path / "a").write_bytes(b"one")
+    real, fails = os.open, [errno.ESTALE, errno.ESTALE]
+
+    def open_(*args, **options):
+        if fails:
+            raise OSError(fails.pop(), "stale")
+        return real(*args, **options)
+
+    monkeypatch.setattr(os, "open", open_)
+    assert atomic.read(tmp_path / "a") == b"one"
+
+
+def test_owners(tmp_path):
+    """Catches a live process taken for dead, and a process of another machine judged by its number here."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    where = atomic.machine()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie: its parent has not asked yet
+    assert atomic.is_dead(f"{where}-{child.pid}")
+    child.wait()
+    assert atomic.is_dead(f"{where}-{child.pid}") and not atomic.is_dead(atomic.owner())
+    assert not atomic.is_dead(f"elsewhere-00000000-{child.pid}") and not atomic.is_dead("nonsense")
+    assert atomic.TEMPORARY.fullmatch(atomic.temporary_name()).group("owner") == atomic.owner()
+    assert atomic.TEMPORARY.fullmatch(atomic.temporary_name("ab" * 12)).group("owner") == atomic.owner()

@@ -5,6 +5,7 @@ import sys
 import types
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from conftest import PRESETS
 
@@ -144,6 +145,16 @@ def test_a_closed_pipe_is_silent():
     command = f'{sys.executable} -c "{code}" | true'
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120)
     assert done.stderr == "" and done.returncode == 0
+
+
+def test_a_run_goes_on_without_a_reader(tmp_path):
+    """`rmsweep run | head -1`: catches a sweep that ends with exit code 0 and nothing done when head has left."""
+    words = ["size=tiny", "reward_model=bt_linear", f"root={tmp_path}", "sweep.name=s", "engine.workers=0"]
+    code = f"import sys, time; from rmsweep.cli import main; time.sleep(1); sys.exit(main(['run', *{words!r}]))"
+    command = f'{sys.executable} -c "{code}" 2> >(true) | true'
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == ""
+    assert pq.read_table(tmp_path / "sweeps" / "s" / "results.parquet")["status"].to_pylist() == ["done"]
 
 
 def test_unexpected_errors_keep_their_traceback(monkeypatch):

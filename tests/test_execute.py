@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from fake_pipeline import fake_plan, fake_run
 from rmsweep import execute, status
 from rmsweep.engines.local import Local
 from rmsweep.errors import RmsweepError, StoreError
+from rmsweep.store import Store
 
 
 @pytest.fixture
@@ -99,11 +102,11 @@ def test_retry_survives_a_dead_worker(tmp_path, monkeypatch, ledger):
 
 
 def test_a_cell_that_kills_its_worker(tmp_path, monkeypatch):
-    """Tried twice, recorded with the cause; all others are done."""
-    fault(monkeypatch, s2="die")
+    """Tried again, recorded with the cause; all others are done."""
+    fault(monkeypatch, s2="segfault")
     summary = fake_run(fake_plan(6), tmp_path, workers=2)
     assert summary.counts["done"] == 5
-    assert states(tmp_path)[2] == ("failed", "worker killed by signal 9 twice (out of memory?)")
+    assert states(tmp_path)[2] == ("failed", "worker killed by signal 11, 2 times with this cell")
 
 
 def test_a_cell_that_kills_its_worker_once(tmp_path, monkeypatch, ledger):
@@ -155,7 +158,7 @@ def test_everything_failing_alike_stops_early(tmp_path, monkeypatch):
 
 def test_workers_that_cannot_start(tmp_path, monkeypatch):
     """Catches an endless respawning."""
-    monkeypatch.setattr("rmsweep.engines.local._work", _dies)
+    monkeypatch.setattr("rmsweep.engines._worker._work", _dies)
     with pytest.raises(RmsweepError, match="__main__"):
         fake_run(fake_plan(2), tmp_path, workers=1)
 
@@ -208,13 +211,17 @@ if __name__ == "__main__":
 """
 
 
-def start(tmp_path, n=40, workers=2, seconds="0.2"):
+def start(tmp_path, n=40, workers=2, seconds="0.2", ignore=None):
     script = tmp_path / "driver.py"
     script.write_text(
         DRIVER.format(tests=str(Path(__file__).parent), n=n, root=str(tmp_path / "root"), workers=workers)
     )
     env = {**os.environ, "FAKE_SECONDS": seconds}
-    process = subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(script)]
+    before = None if ignore is None else signal.signal(ignore, signal.SIG_IGN)  # inherited, as from nohup
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    if ignore is not None:
+        signal.signal(ignore, before)
     deadline = time.monotonic() + 30
     while not list((tmp_path / "root").glob("sweeps/s/logs/[0-9a-f]*.log")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -231,15 +238,15 @@ def wait_for_a_cell(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted(tmp_path, number, workers):
-    """Ends within 5 s with tables of what is finished; the same command continues to the same bytes."""
+    """Ends within seconds with tables of what is finished; the same command continues to the same bytes."""
     process = start(tmp_path, workers=workers)
     wait_for_a_cell(tmp_path)
     began = time.monotonic()
     process.send_signal(number)
     out, _ = process.communicate(timeout=20)
-    assert time.monotonic() - began < 5 and process.returncode == 0
+    assert time.monotonic() - began < 10 and process.returncode == 0  # 3.5 s where the machine is idle
     word, signum, _, done = out.split()
     assert (word, int(signum)) == ("interrupted", number) and 0 < int(done) < 40
     assert fake_run(fake_plan(40), tmp_path / "root").n_computed == 40 - int(done)
@@ -275,6 +282,46 @@ def test_second_ctrl_c_exits_hard(tmp_path):
         time.sleep(0.05)
     process.communicate(timeout=10)
     assert process.returncode in (0, 128 + signal.SIGINT, -signal.SIGINT)
+
+
+def test_nohup_goes_on(tmp_path):
+    """Catches a run that was told to outlive its terminal and does not."""
+    process = start(tmp_path, n=8, seconds="0.1", ignore=signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and out.split()[-1] == "8"
+
+
+def test_a_closed_terminal(tmp_path):
+    """SIGHUP, and nobody to write to: ends by itself, with nothing lost and no traceback in the way."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        script = tmp_path / "driver.py"
+        text = DRIVER.format(tests=str(Path(__file__).parent), n=40, root=str(tmp_path / "root"), workers=2)
+        script.write_text(text.replace("workers=2", "workers=2, progress=True"))
+        os.environ["FAKE_SECONDS"] = "0.1"
+        os.execv(sys.executable, [sys.executable, str(script)])
+    wait_for_a_cell(tmp_path)
+    os.close(terminal)
+    deadline = time.monotonic() + 10
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        assert time.monotonic() < deadline, "still there"
+        time.sleep(0.05)
+    done = Store(tmp_path / "root").done(c.fingerprint for c in fake_plan(40).cells)
+    assert 0 < len(done) < 40 and not list((tmp_path / "root/store/claims").iterdir())
+    assert fake_run(fake_plan(40), tmp_path / "root").n_computed == 40 - len(done)
+
+
+def test_few_file_descriptors(tmp_path):
+    """Catches descriptors that leak with cells or parts."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, limit[1]))
+    try:
+        assert fake_run(fake_plan(200), tmp_path, workers=2).counts["done"] == 200
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert len(os.listdir("/proc/self/fd")) <= used + 1
 
 
 def test_the_store_must_be_writable(tmp_path):

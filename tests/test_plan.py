@@ -1,5 +1,6 @@
 """Planning: identities, skips, refusals, and the plan's files."""
 
+import dataclasses
 import json
 
 import pyarrow.parquet as pq
@@ -208,8 +209,39 @@ def test_unreadable_plans(tmp_path):
     column = pq.ParquetFile(tmp_path / "plan.parquet").metadata.row_group(0).column(0)
     damaged[(column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 2] ^= 0xFF
     (tmp_path / "plan.parquet").write_bytes(damaged)
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match="fails its checksum"):
         Plan.read(tmp_path)
     (tmp_path / "plan.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(StoreError, match="format 99"):
         Plan.read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "plan.parquet"])
+@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+def test_a_damaged_plan_is_written_again(tmp_path, name, how):
+    """Catches a sweep that cannot go on because of one bad byte; the damaged files are kept for whoever wants them."""
+    plan = plan_of({"seed": [0, 1]}, name="x")
+    plan.write(tmp_path)
+    good, path = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, tmp_path / name
+    data = bytearray(good[name])
+    data[len(data) // 2] ^= 1
+    path.write_bytes({"flip": bytes(data), "cut": good[name][:-9], "gone": b""}[how])
+    if how == "gone":
+        path.unlink()
+    assert planning.pinned_compute(tmp_path) in (None, Compute())
+    notes = plan.write(tmp_path)
+    assert "set aside" in notes[0] and plan.write(tmp_path) == []
+    assert {n: (tmp_path / n).read_bytes() for n in good} == good
+    assert len([p for p in tmp_path.iterdir() if p.name.endswith(".damaged")]) == 1 + (how != "gone")
+
+
+def test_cells_that_changed_give_way(tmp_path):
+    """Catches the result of old data, or of an old default, beside the new one under the same labels."""
+    first = plan_of({"seed": [0, 1]}, name="x")
+    old = [cell._replace(cell_id=f"{i:024x}", fingerprint=f"{i + 8:024x}") for i, cell in enumerate(first.cells)]
+    dataclasses.replace(first, cells=[old[0], first.cells[1]]).write(tmp_path)
+    notes = first.write(tmp_path)
+    assert "1 cells of sweep x give way" in notes[0]
+    assert [c.cell_id for c in Plan.read(tmp_path).cells] == [first.cells[1].cell_id, first.cells[0].cell_id]
+    assert plan_of({"seed": [0]}, name="x", set={"size": "tiny", "reward_model.hidden": [7]}).write(tmp_path) == []
+    assert len(Plan.read(tmp_path).cells) == 3

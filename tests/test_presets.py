@@ -7,7 +7,8 @@ from rmsweep.presets import Presets, read_yaml
 
 BAD = {
     "alias bomb": ("a: &x [1, 1]\nb: [*x, *x]\n", "aliases"),
-    "python tag": ("a: !!python/object/apply:os.system [echo]\n", "could not determine a constructor"),
+    "python tag": ("a: !!python/object/apply:os.system [echo]\n", "tags"),
+    "tag that breaks its reader": ("a: !!int ''\n", "tags"),
     "duplicate key": ("a: 1\na: 2\n", "stands twice"),
     "environment": ("a: ${oc.env:HOME}\n", "interpolation"),
     "nested environment": ("a: {b: [1, '${oc.env:HOME}']}\n", "interpolation"),

@@ -8,8 +8,12 @@ import pytest
 
 from rmsweep import component
 from rmsweep.bank import Bank
+from rmsweep.cli import main
+from rmsweep.datasets.released import Released
 from rmsweep.errors import DataError
 from rmsweep.presets import Presets
+from rmsweep.results import load
+from rmsweep.store import Store
 
 NATIVE = component.build("embedder", "native")
 LLM = component.build("base_llm", {"kind": "external", "name": "Gemma2b-sft"})
@@ -177,3 +181,38 @@ def test_presets_carry_the_scales_and_base_llms():
     assert set(helpful.base_llms) == set(harmless.base_llms) <= set(presets.options("base_llm"))
     names = [component.build("base_llm", presets.node("base_llm", option)).name for option in helpful.base_llms]
     assert names[:2] == ["Gemma2b", "Gemma2b-sft"] and len(set(names)) == 6
+
+
+def run_released(root, data, *words):
+    linear = ["reward_model=bt_linear", "base_llm=gemma2b_sft", "n_annotations=10", "pairs_per_prompt=2", "seed=0"]
+    where = ["dataset=released_harmless", f"dataset.root={data}", f"root={root}", "sweep.name=s", "engine.workers=0"]
+    return main(["run", *where, *linear, *words])
+
+
+def test_a_file_that_changes_while_its_bank_is_made(tmp_path, monkeypatch, capsys):
+    """Catches a result that is stored under the digest of a file which was not the one read."""
+    data = save(tmp_path, arrays())
+    generate = Released.generate
+
+    def meanwhile(self, llm, size, embedder, folder):
+        generate(self, llm, size, embedder, folder)
+        save(data, arrays(seed=1))
+
+    monkeypatch.setattr(Released, "generate", meanwhile)
+    assert run_released(tmp_path / "out", data) == 2
+    row = load(tmp_path / "out").iloc[0]
+    assert row["status"] == "failed" and row["cause"] == "data" and "has changed since" in row["reason"]
+    assert not list((tmp_path / "out" / "store" / "banks").iterdir())
+    monkeypatch.undo()
+    assert run_released(tmp_path / "out", data) == 0  # planned anew, with the new file
+
+
+def test_embeddings_that_change_under_a_bank(tmp_path):
+    """Catches a bank that serves other embeddings than it was made with: they lie outside the store."""
+    data = save(tmp_path, arrays())
+    assert run_released(tmp_path / "out", data) == 0
+    store = Store(tmp_path / "out")
+    bank_id = next((tmp_path / "out" / "store" / "banks").iterdir()).name
+    assert store.bank(bank_id) is not None
+    save(data, arrays(seed=1))
+    assert Store(tmp_path / "out").bank(bank_id) is None

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_pipeline import fake_plan, fake_run
 
-from rmsweep import results
+from rmsweep import atomic, results
 from rmsweep.errors import ConfigError, StoreError
 from rmsweep.fingerprint import digest
 from rmsweep.schemas import AXES, METRICS, SCHEMA_VERSION, STATUS
@@ -51,7 +51,7 @@ def test_rows_and_columns(tmp_path):
     summary = results.assemble(plan.cells, fill(tmp_path, plan, list, 4), tmp_path)
     table, prompts, costs = (pq.read_table(tmp_path / f"{name}.parquet") for name in NAMES)
     names = table.column_names
-    extra = names[1 + len(AXES) : -2 - len(METRICS)]
+    extra = names[1 + len(AXES) : 1 - len(STATUS) - len(METRICS)]
     assert names == [
         "cell_id",
         *(c.name for c in AXES),
@@ -131,14 +131,22 @@ def test_tables_that_are_current_are_left_alone(tmp_path):
     assert fake_run(fake_plan(5), tmp_path).counts["done"] == 5 and len(results.load(folder)) == 5
 
 
-def test_a_slower_driver_cannot_be_sealed_as_current(tmp_path):
-    """Two drivers: one chose its rows early and replaces the table of the other before that one seals its own."""
+def test_a_slower_driver_cannot_be_sealed_as_current(tmp_path, monkeypatch):
+    """Two drivers: one chose its rows early and replaces the tables of the other after that one sealed its own."""
     fake_run(fake_plan(6), tmp_path)
-    folder, cells, store = tmp_path / "sweeps" / "s", fake_plan(6).cells, Store(tmp_path)
-    sealed, mine = results.seal(folder, store), results.assemble(cells, store, folder)
+    folder, cells, replace = tmp_path / "sweeps" / "s", fake_plan(6).cells, atomic.Draft.replace
     fill(tmp_path / "early", fake_plan(3), list, 3)
-    results.assemble(cells, Store(tmp_path / "early"), folder)  # the slower one's table: three rows
-    results.write_seal(folder, mine, sealed)
+
+    def slowly(draft):
+        if draft.path.name == "costs.parquet":  # the slower one has written its seal: the other one runs now
+            monkeypatch.setattr(atomic.Draft, "replace", replace)
+            store = Store(tmp_path)
+            results.assemble(cells, store, folder, results.seal(folder, store))
+            assert results.current(folder, store) is not None
+        replace(draft)
+
+    monkeypatch.setattr(atomic.Draft, "replace", slowly)
+    results.assemble(cells, Store(tmp_path / "early"), folder, "early")
     assert results.current(folder, Store(tmp_path)) is None
     assert fake_run(fake_plan(6), tmp_path).counts["done"] == 6 and len(results.load(folder)) == 6
 

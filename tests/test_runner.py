@@ -11,7 +11,7 @@ import pytest
 from fake_pipeline import WORK, fake_plan
 
 from rmsweep import runner
-from rmsweep.engines.local import Channel, Signals, Stop
+from rmsweep.engines import Channel, Signals, Stop
 from rmsweep.errors import StoreError
 from rmsweep.reward_models import Compute
 from rmsweep.runner import BankTask, CellTask, Finished, Job, Part, UnitTask

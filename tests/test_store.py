@@ -338,7 +338,7 @@ def test_a_read_only_root_is_refused_first(tmp_path, monkeypatch):
 def test_parts_of_an_older_version_lack_new_columns(store):
     """A column added later must not orphan what is done: it reads as null."""
     data = parquet(table_of([record(0)], RECORD).drop_columns(["learning_rate"]))
-    atomic.publish(store.folder / "results" / f"{UNIT}-{parts.sha(data)}.parquet", data)
+    atomic.publish(store.folder / "results" / f"{UNIT}-{parts.sha(data)}.parquet", data, "results")
     found = store.records([key(0)])
     assert found["learning_rate"].to_pylist() == [None] and found["status"].to_pylist() == ["done"]
     assert not store.corrupt

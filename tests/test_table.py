@@ -1,6 +1,7 @@
 """dataset=table: what a bank made of the user's own file holds, and what is refused."""
 
 import json
+import resource
 from types import SimpleNamespace
 
 import numpy as np
@@ -149,14 +150,60 @@ def test_empty_duplicates_and_limits(tmp_path):
     data[0]["response"], data[5]["response"] = " \n", data[1]["response"]
     message = refused(tmp_path, data)
     assert "row 0, column 'response'" in message and "dataset.empty=drop" in message
-    kept = bank_of(tmp_path, data, empty="keep", test_fraction=0.3)
+    kept = bank_of(tmp_path, data, empty="keep", test_fraction=0.3, contradictions="keep")
     assert sum(s.count.sum() for s in (kept.train, kept.test)) == 13 and kept.notes["duplicate_responses"] == 1
-    dropped = bank_of(tmp_path, data, empty="drop", duplicates="drop", min_responses=2, n_train_prompts=2)
+    noisy = {"contradictions": "keep", "duplicates": "drop"}
+    dropped = bank_of(tmp_path, data, empty="drop", min_responses=2, n_train_prompts=2, **noisy)
     counts = {i: n for s in (dropped.train, dropped.test) for i, n in zip(s.prompt_id, s.count, strict=True)}
     assert counts == {"prompt 0": 3, "prompt 1": 3, "prompt 2": 4}
     assert dropped.notes["empty_dropped"] == 1 and dropped.notes["prompts_unused"] == 1
     first = {i: g[0] for s in (dropped.train, dropped.test) for i, g in zip(s.prompt_id, s.golden, strict=True)}
     assert first["prompt 1"] == pytest.approx(1.0)
+
+
+def test_contradictory_duplicates(tmp_path):
+    """Catches one response with two golden rewards used as if one were right; equal rewards are no contradiction."""
+    data = rows((3, 3, 3))
+    data[3]["response"] = data[0]["response"]
+    message = refused(tmp_path, data)
+    assert "1 problem " in message and "row 3, column 'golden_reward': 0.1; allowed: 0.0" in message
+    assert "row 0" in message and "dataset.contradictions=keep" in message
+    data[3]["golden_reward"] = data[0]["golden_reward"]
+    bank_of(tmp_path, data)
+    assert component.identity(make("a", contradictions="keep")) == component.identity(make("a"))
+
+
+def test_ids_that_look_alike(tmp_path):
+    """Catches two prompts made of one id in two Unicode forms."""
+    data = rows((2, 2, 2), id=lambda r: ["caf\u00e9", "cafe\u0301", "x"][int(r["prompt"][-1])])
+    message = refused(tmp_path, data, prompt_id_column="id")
+    assert "1 problem " in message and "row 1, column 'id'" in message and "row 0" in message
+
+
+def test_a_key_that_stands_twice(tmp_path):
+    """Catches JSON of which the last of two golden rewards would silently count."""
+    path = save(tmp_path, rows((2, 2)), ".jsonl")
+    path.write_text(path.read_text() + '{"prompt": "p", "response": "r", "golden_reward": 1, "golden_reward": 2}\n')
+    with pytest.raises(DataError, match=r"row 4 .*'golden_reward' stands twice"):
+        make(path).shape(None, None, Lengths())
+
+
+def test_files_that_would_fill_the_memory(tmp_path, monkeypatch):
+    """Catches a small file of repeated text unpacked value by value, too many rows, and a line without end."""
+    text = "x" * 5_000_000
+    data = {"prompt": [f"p{i // 2}" for i in range(400)], "response": [text] * 400, "golden_reward": [0.5] * 400}
+    path = save(tmp_path, pa.table(data))
+    assert path.stat().st_size < 1_000_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(make(path).shape(None, None, Lengths()).count_train) == 150
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB; 2 GB when unpacked
+    monkeypatch.setattr(_rows, "MAX_ROWS", 399)
+    with pytest.raises(DataError, match="400 rows"):
+        make(path, seed=1, where={"golden_reward": 0.5}).shape(None, None, Lengths())
+    monkeypatch.setattr(_rows, "MAX_LINE", 50)
+    line = save(tmp_path, [{**r, "response": r["response"] * 9} for r in rows((2, 2))], ".jsonl")
+    with pytest.raises(DataError, match=r"row 0 .*longer than 50 bytes"):
+        make(line).shape(None, None, Lengths())
 
 
 def test_max_responses_is_a_random_choice_in_file_order(tmp_path):
@@ -364,6 +411,7 @@ def test_alpaca_eval_file(shared, tmp_path):
         "n_train_prompts": 600,
         "n_test_prompts": 205,
         "where": {"flag": ""},
+        "contradictions": "keep",
     }
     dataset = make(shared / "data" / "alpaca_eval2_golden.parquet", **fields)
     with pytest.raises(DataError, match="24 problems"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -23,10 +24,8 @@ class Candidates(Protocol):
 
 def enough_for(pairs_per_prompt: int) -> int:
     """The smallest k with C(k, 2) >= pairs_per_prompt: 2 for the papers' single pair."""
-    k = 2
-    while k * (k - 1) // 2 < pairs_per_prompt:
-        k += 1
-    return k
+    k = max(2, (math.isqrt(8 * pairs_per_prompt + 1) + 1) // 2)
+    return k if k * (k - 1) // 2 >= pairs_per_prompt else k + 1
 
 
 def at_ranks(split: Split, rank: Ints, size: Ints) -> Ints:

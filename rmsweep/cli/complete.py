@@ -38,11 +38,13 @@ compdef _rmsweep rmsweep"""
 
 SCRIPTS = {"bash": BASH, "zsh": ZSH}
 FLAGS = {
-    "run": ("--cfg", "--config-dir", "--plugin", "--help"),
-    "plan": ("--cfg", "--config-dir", "--plugin", "--help"),
+    "run": ("--cfg", "--config-dir", "--plugin", "--reuse", "--help"),
+    "plan": ("--cfg", "--config-dir", "--plugin", "--reuse", "--why", "--help"),
     "status": ("--json", "--help"),
     "results": ("--sql", "--csv", "--schema", "--help"),
-    "retry": ("--help",),
+    "retry": ("--plugin", "--help"),
+    "verify": ("--sample", "--seed", "--plugin", "--help"),
+    "gc": ("--dry-run", "--unreferenced", "--quarantine", "--help"),
     "completion": ("--help",),
 }
 CHOICES = {
@@ -63,7 +65,9 @@ def candidates(words: Sequence[str]) -> list[str]:
         return _starting(FLAGS.get(verb, ()), word)
     if verb == "completion":
         return _starting(SCRIPTS, word)
-    if verb in ("status", "results", "retry"):
+    if verb == "gc":
+        return _starting(["root="], word)
+    if verb in ("status", "results", "retry", "verify"):
         return _starting([*_sweeps(before), "root="], word)
     return _overrides(word, Presets(_folders(before)), before) if verb in ("run", "plan") else []
 

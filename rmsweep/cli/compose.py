@@ -36,9 +36,12 @@ from rmsweep.grid import (
     override,
     with_value,
 )
-from rmsweep.presets import Presets, refuse_interpolation
+from rmsweep.paths import user_path
+from rmsweep.presets import MAX_DEPTH, Presets, check_data
 
 MAX_VALUES = 100_000  # of one axis: range(10**9) must not be written out
+MAX_WORD = 1 << 17  # characters; Linux itself takes no longer word
+MAX_WORD_SHOWN = 100
 RUN_VALUES = ("root", "device", "precision", "keep")  # one value for the whole run
 KEY = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
@@ -72,7 +75,7 @@ def read(words: Sequence[str], presets: Presets) -> Request:
     request = Request(
         sweep=sweep,
         presets=presets,
-        root=root_folder(run.get("root", presets.baseline["root"])),
+        root=user_path(run.get("root", presets.baseline["root"]), "root"),
         engine_option=str(run.get("engine", presets.baseline_choices["engine"])),
         engine_node=_engine(run, presets),
         device=str(run.get("device", presets.baseline["device"])),
@@ -83,35 +86,43 @@ def read(words: Sequence[str], presets: Presets) -> Request:
     return request
 
 
-def root_folder(value: Any) -> Path:
-    """The folder that root= names."""
-    if not isinstance(value, str | int | float) or not str(value).strip() or "\0" in str(value):
-        raise ConfigError(f"root={value!r}: needs the path of a folder; everything is written below it")
-    return Path(str(value)).expanduser()
-
-
 # -- words -------------------------------------------------------------------------------------------------
 
 
 def parse(word: str) -> Override:
     """One override in Hydra's grammar; ConfigError says what is wrong with it."""
-    refuse_interpolation(word, "command line")
-    if "_target_" in word:
-        raise ConfigError(f"{word!r}: '_target_' is not allowed; configs hold data and name no code")
+    shown = _shown(word)
+    check_data(word, "command line")
     if "=" not in word and not word.startswith("~"):
-        raise ConfigError(f"{word!r}: needs the form KEY=VALUE, such as beta=3 or seed=range(5)")
+        raise ConfigError(f"{shown}: needs the form KEY=VALUE, such as beta=3 or seed=range(5)")
+    if len(word) > MAX_WORD or _depth(word) > MAX_DEPTH:
+        raise ConfigError(f"{shown}: longer than {MAX_WORD} characters, or nested more than {MAX_DEPTH} deep")
     try:
         parsed = OverridesParser.create().parse_override(word)
-    except HydraException as error:
+    except (HydraException, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split("\n")[0].split())
-        quoted = f"; a value with special characters needs quotes inside quotes: \"{word.split('=')[0]}='...'\""
-        raise ConfigError(f"{word!r}: {reason}{quoted if '=' in word else ''}") from None
+        quoted = f"; a value with special characters needs quotes inside quotes: \"{_key(word)}='...'\""
+        raise ConfigError(f"{shown}: {reason}{quoted if '=' in word else ''}") from None
     key = parsed.key_or_group
     if parsed.package is not None or not KEY.fullmatch(key):
-        raise ConfigError(f"{word!r}: keys are names joined by dots, such as reward_model.hidden")
+        raise ConfigError(f"{shown}: keys are names joined by dots, such as reward_model.hidden")
     if key.partition(".")[0] == "hydra":
-        raise ConfigError(f"{word!r}: settings of Hydra itself do not apply here; see `rmsweep run --help`")
+        raise ConfigError(f"{shown}: settings of Hydra itself do not apply here; see `rmsweep run --help`")
     return parsed
+
+
+def _shown(word: str) -> str:
+    return repr(word if len(word) <= MAX_WORD_SHOWN else word[:MAX_WORD_SHOWN] + "...")
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0][:MAX_WORD_SHOWN]
+
+
+def _depth(word: str) -> int:
+    """How deep brackets nest, those inside quotes counted too."""
+    steps = (1 if c in "[{(" else -1 for c in word if c in "[{()}]")
+    return max(itertools.accumulate(steps), default=0)
 
 
 def _setting(word: str, presets: Presets) -> Setting:
@@ -122,12 +133,12 @@ def _setting(word: str, presets: Presets) -> Setting:
     key, group = parsed.key_or_group, parsed.key_or_group.partition(".")[0]
     if parsed.is_delete():
         if parsed.value_type is not None or group in NOT_AXES:
-            raise ConfigError(f"{word!r}: ~KEY puts a key of the cell back to its default and takes no value")
+            raise ConfigError(f"{_shown(word)}: ~KEY puts a key of the cell back to its default and takes no value")
         return Setting(key, reset=True)
     if not parsed.is_sweep_override():
         return Setting(key, (_plain(parsed.value(), word),))
     if group in NOT_AXES:
-        raise ConfigError(f"{word!r}: {group} is no axis of a sweep; give one value")
+        raise ConfigError(f"{_shown(word)}: {group} is no axis of a sweep; give one value")
     return Setting(key, tuple(_plain(v, word) for v in _values(parsed, word, presets)), axis=True)
 
 
@@ -149,27 +160,37 @@ def _values(parsed: Override, word: str, presets: Presets) -> list[Any]:
     value = parsed._value
     if isinstance(value, Glob):
         if parsed.key_or_group not in CELL_GROUPS:
-            raise ConfigError(f"{word!r}: glob() chooses among the options of a config group")
+            raise ConfigError(f"{_shown(word)}: glob() chooses among the options of a config group")
         names = value.filter(presets.options(parsed.key_or_group))
         if not names:
-            raise ConfigError(f"{word!r} matches no option; valid: {', '.join(presets.options(parsed.key_or_group))}")
+            options = presets.options(parsed.key_or_group)
+            raise ConfigError(f"{_shown(word)} matches no option; valid: {', '.join(options)}")
         return list(names)
     if getattr(value, "shuffle", False):
-        raise ConfigError(f"{word!r}: shuffle() would give another order each time; list the values, or sort()")
+        raise ConfigError(f"{_shown(word)}: shuffle() would give another order each time; list the values, or sort()")
     if parsed.value_type == ValueType.INTERVAL_SWEEP:
-        raise ConfigError(f"{word!r}: interval() has no finite list of values; use range(start,stop,step)")
-    values = list(itertools.islice(parsed.sweep_iterator(Transformer.identity), MAX_VALUES + 1))
+        raise ConfigError(f"{_shown(word)}: interval() has no finite list of values; use range(start,stop,step)")
+    try:
+        values = list(itertools.islice(parsed.sweep_iterator(Transformer.identity), MAX_VALUES + 1))
+    except (ValueError, ArithmeticError) as error:
+        raise ConfigError(f"{_shown(word)}: {error}") from None
     if not values or len(values) > MAX_VALUES:
-        raise ConfigError(f"{word!r}: gives {'more than 100,000' if values else 'no'} values")
+        raise ConfigError(f"{_shown(word)}: gives {'more than 100,000' if values else 'no'} values")
     return values
 
 
 def _plain(value: Any, word: str) -> Any:
-    """Parsed values as plain data (quoted strings become strings)."""
+    """Parsed values as plain data (quoted strings become strings), checked."""
+    data = _unquoted(value)
+    check_data(data, f"command line: {_key(word)}")
+    return data
+
+
+def _unquoted(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(k): _plain(v, word) for k, v in value.items()}
+        return {str(k): _unquoted(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_plain(v, word) for v in value]
+        return [_unquoted(v) for v in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
     return str(getattr(value, "text", value))
@@ -208,6 +229,7 @@ def _engine(run: Mapping[str, Any], presets: Presets) -> dict[str, Any]:
             node = with_value(node, rest.split("."), value, f"engine {option}", key)
         elif root in RUN_VALUES and rest:
             raise unknown("key", key, RUN_VALUES)
+    component.build("engine", node)
     return node
 
 

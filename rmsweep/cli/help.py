@@ -12,6 +12,8 @@ VERBS = {
     "status": "states of a sweep's cells: counts, failures by cause",
     "results": "the table of results; SQL over it",
     "retry": "run a sweep's failed cells again",
+    "verify": "check every checksum under a root, and recompute a sample of finished cells; change nothing",
+    "gc": "remove what killed runs left behind; report, and on demand remove, what no sweep refers to",
     "completion": "print the completion script of a shell",
 }
 
@@ -30,14 +32,16 @@ Controlled sweeps over preference-based reward models.
 
 The same command again continues where it stopped. Everything is written below root=DIR (default: outputs).
 `rmsweep VERB --help` says more. Exit codes: 0 all cells done or skipped, 1 bad input (nothing was run),
-2 some cells failed or diverged, 3 the store cannot be written, 130/143 interrupted."""
+2 some cells failed or diverged, 3 the store cannot be written, 4 verify found a mismatch, 130/143 interrupted."""
 
 USAGE = {
-    "run": "rmsweep run [KEY=VALUE ...] [--cfg] [--config-dir DIR] [--plugin FILE.py]",
-    "plan": "rmsweep plan [KEY=VALUE ...] [--cfg] [--config-dir DIR] [--plugin FILE.py]",
+    "run": "rmsweep run [KEY=VALUE ...] [--cfg] [--config-dir DIR] [--plugin FILE.py] [--reuse versions|strict]",
+    "plan": "rmsweep plan [KEY=VALUE ...] [--why CELL] [and the options of run]",
     "status": "rmsweep status [SWEEP] [--json] [root=DIR]",
     "results": 'rmsweep results [SWEEP] [--sql "..."] [--csv] [--schema] [root=DIR]',
-    "retry": "rmsweep retry [SWEEP] [KEY=VALUE ...] [root=DIR]     # KEY=VALUE: cells with this label",
+    "retry": "rmsweep retry [SWEEP] [KEY=VALUE ...] [--plugin FILE.py] [root=DIR]   # KEY=VALUE: cells with this label",
+    "verify": "rmsweep verify [SWEEP] [--sample N] [--seed S] [--plugin FILE.py] [root=DIR]",
+    "gc": "rmsweep gc [--dry-run] [--unreferenced] [--quarantine] [root=DIR]",
     "completion": 'rmsweep completion bash|zsh        # eval "$(rmsweep completion bash)"',
 }
 
@@ -55,19 +59,42 @@ OPTIONS = """\
   --cfg              print the (first) cell's composed config as YAML and stop
   --config-dir DIR   your own config groups, laid out like conf/ (may be repeated)
   --plugin FILE.py   your own components; the file's digest enters the fingerprints (may be repeated)
+  --reuse WHICH      versions (default): a stored result counts where config, data and the declared versions of stages
+                     and components are the same; strict: only where their code and the installed libraries are too.
+                     A sweep keeps what it was last given
   -m, --multirun     accepted, not needed"""
+
+WHY = """\
+  --why CELL         is this cell stored, and if not, what differs from the nearest stored one? CELL: the first digits
+                     of a cell_id of the plan, or `new`: a summary of all new cells"""
+
+
+DETAILS = {
+    "verify": """\
+Checks every bank, part of results, costs and kept arrays against its checksum, and plan and tables of one sweep or of
+all. A table that newer records have overtaken is stale, not wrong. Exit code 4 where anything is wrong, 0 otherwise.
+  --sample N         also compute N done cells again, in turn from every reward model, and compare them bit for bit
+  --seed S           which cells (default 0)
+  --plugin FILE.py   a plug-in that the sweep was planned with; --sample imports none that is not given""",
+    "gc": """\
+Removes temporary files, claims and status files whose process has ended, and lists artefacts that no sweep's plan
+refers to. It may run beside `rmsweep run`. Where runs of other machines may be alive it watches them first.
+  --dry-run          change nothing, say what would be removed
+  --unreferenced     also remove banks, results, costs and kept arrays of no sweep; refused while a run is alive
+  --quarantine       also empty store/quarantine""",
+}
 
 
 def verb_help(verb: str, presets: Presets | None = None) -> str:
     """The help text of one verb; `run` and `plan` list groups, options and keys."""
     head = f"usage: {USAGE[verb]}\n\n{VERBS[verb]}"
     if verb not in ("run", "plan"):
-        return head
+        return "\n\n".join([head, *([DETAILS[verb]] if verb in DETAILS else [])])
     presets = presets or Presets()
     return "\n\n".join(
         [
             head,
-            OPTIONS,
+            f"{OPTIONS}\n{WHY}" if verb == "plan" else OPTIONS,
             GRAMMAR,
             "Config groups (* = baseline):\n" + _groups(presets),
             "Keys:\n" + _keys(presets),

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rmsweep.cli import help as texts
+from rmsweep.cli import upkeep
 from rmsweep.errors import ConfigError, StoreError, unknown
+from rmsweep.paths import user_path
 from rmsweep.presets import Presets
 
 
@@ -47,8 +49,10 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     from rmsweep import execute
     from rmsweep.cli import compose, render
+    from rmsweep.cli.terminal import work_without_a_reader
 
     compose.check_against_hydra(request)
+    work_without_a_reader()
     plan, root, engine = presets_plan, request.root, request.engine
     states = _states(root, plan)
     print(render.plan_text(plan, states, short=True), flush=True)
@@ -68,6 +72,11 @@ def _plan(args: argparse.Namespace) -> int:
     from rmsweep.cli import compose, render
 
     compose.check_against_hydra(request)
+    if args.why is not None:
+        from rmsweep import why
+
+        print(why.explain(plan, request.root, args.why))
+        return 0
     states = _states(request.root, plan)
     print(render.plan_text(plan, states))
     if plan.unknown is None:
@@ -99,7 +108,10 @@ def _planned(args: argparse.Namespace, need_data: bool) -> tuple[Any, Any]:
         keep=request.keep,
         plugins=[str(file.resolve()) for file in args.plugin],
         need_data=need_data,
+        reuse=args.reuse or planning.pinned_reuse(folder) or "versions",
     )
+    if plan.reuse == "strict":
+        print("reuse strict: a stored result counts only with today's code and libraries (--reuse versions goes back)")
     return request, plan
 
 
@@ -163,6 +175,7 @@ def _status(args: argparse.Namespace) -> int:
 
 def _results(args: argparse.Namespace) -> int:
     from rmsweep import results
+    from rmsweep.cli.terminal import spreadsheet_safe
     from rmsweep.plan import sweep_folder
 
     if args.schema:
@@ -177,35 +190,61 @@ def _results(args: argparse.Namespace) -> int:
         ]
         for column in lists:  # JSON, not the shortened text of an array
             frame[column] = [None if v is None else json.dumps(v.tolist()) for v in frame[column]]
-        frame.to_csv(sys.stdout, index=False)
+        spreadsheet_safe(frame).to_csv(sys.stdout, index=False)
     else:
         print(frame.to_string(index=False, max_colwidth=40))
     return 0
 
 
 def _retry(args: argparse.Namespace) -> int:
-    from rmsweep import execute, plugins
+    from rmsweep import execute
+    from rmsweep.cli.terminal import work_without_a_reader
     from rmsweep.plan import Plan, read_header, sweep_folder
 
     root, name, words = _named(args.words)
     folder = sweep_folder(root, name)
-    for file, sha in read_header(folder)["plugins"].items():
-        if plugins.load(file) != sha:
-            raise ConfigError(
-                f"{file} has changed since sweep {name} was planned; run it under another sweep.name=NAME"
-            )
+    load_plugins(args.plugin, read_header(folder)["plugins"], name)
     plan = Plan.read(folder)
     engine, wanted = _engine_and_filter(words, plan)
-    states = _states(root, plan)
-    chosen = frozenset(
-        c.fingerprint
-        for c in plan.cells
-        if states.get(c.fingerprint) == "failed" and all(c.labels.get(k) in v for k, v in wanted.items())
-    )
+    work_without_a_reader()
+    chosen = _to_retry(root, plan, wanted, args.cause.split(",") if args.cause else None)
     if not chosen:
-        print(f"sweep {name}: no failed cell{' matches' if wanted else ''}")
+        print(f"sweep {name}: no failed cell{' matches' if wanted or args.cause else ''}")
         return 0
     return _finish(plan, execute.run(plan, root, engine, retry=chosen))
+
+
+def _to_retry(root: Path, plan: Any, wanted: Mapping[str, Sequence[Any]], of: Sequence[str] | None) -> frozenset[str]:
+    """Fingerprints of the failed cells with these labels, or of those that ended for one of these causes."""
+    from rmsweep.causes import CAUSES
+    from rmsweep.store import Store
+
+    for cause in of or ():
+        if cause not in CAUSES:
+            raise unknown("cause", cause, CAUSES)
+    cells = [c for c in plan.cells if c.reason is None and all(c.labels.get(k) in v for k, v in wanted.items())]
+    states = Store(root).states(c.fingerprint for c in cells)
+    return frozenset(
+        key for key, state in states.items() if (state.status == "failed" if of is None else state.cause in of)
+    )
+
+
+def load_plugins(given: Sequence[Path], planned: Mapping[str, str], name: str) -> None:
+    """Import a sweep's plug-ins, only where the user names them again: a plan is data and must not name code."""
+    from rmsweep import plugins
+    from rmsweep.fingerprint import file_sha256
+
+    here = {str(file.resolve()): file for file in given}
+    if missing := [path for path in planned if path not in here]:
+        words = " ".join(f"--plugin {path}" for path in missing)
+        raise ConfigError(f"sweep {name} was planned with plug-ins; if you trust these files, add {words}")
+    for path, file in here.items():
+        if not file.is_file() or planned.get(path) != file_sha256(file):
+            raise ConfigError(
+                f"{path} is not the file that sweep {name} was planned with; run it under another sweep.name=NAME"
+            )
+    for file in here.values():
+        plugins.load(file)
 
 
 def _engine_and_filter(words: Sequence[str], plan: Any) -> tuple[Any, dict[str, list[Any]]]:
@@ -246,7 +285,7 @@ def _named(words: Sequence[str]) -> tuple[Path, str, list[str]]:
     from rmsweep import results
 
     names = [w for w in words if "=" not in w]
-    root = Path(next((w[5:] for w in words if w.startswith("root=")), str(Presets().baseline["root"]))).expanduser()
+    root = user_path(next((w[5:] for w in words if w.startswith("root=")), str(Presets().baseline["root"])), "root")
     if len(names) > 1:
         raise ConfigError(f"one sweep at a time; got {', '.join(names)}")
     known = sorted(p.parent.name for p in root.glob("sweeps/*/plan.json"))
@@ -261,18 +300,25 @@ _COMPOSING: dict[str, dict[str, Any]] = {
     "--cfg": {"action": "store_true"},
     "--config-dir": {**_REPEATED, "metavar": "DIR"},
     "--plugin": {**_REPEATED, "metavar": "FILE.py"},
+    "--reuse": {"choices": ("versions", "strict")},
     "-m --multirun": {"action": "store_true"},
 }
 FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "run": _COMPOSING,
-    "plan": _COMPOSING,
+    "plan": {**_COMPOSING, "--why": {"metavar": "CELL"}},
     "status": {"--json": {"action": "store_true"}},
     "results": {
         "--sql": {"metavar": "QUERY"},
         "--csv": {"action": "store_true"},
         "--schema": {"action": "store_true"},
     },
-    "retry": {},
+    "retry": {"--plugin": {**_REPEATED, "metavar": "FILE.py"}, "--cause": {"metavar": "CAUSE[,CAUSE]"}},
+    "verify": {
+        "--sample": {"type": int, "default": 0, "metavar": "N"},
+        "--seed": {"type": int, "default": 0, "metavar": "S"},
+        "--plugin": {**_REPEATED, "metavar": "FILE.py"},
+    },
+    "gc": {flag: {"action": "store_true"} for flag in ("--dry-run", "--unreferenced", "--quarantine")},
     "completion": {},
 }
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -281,5 +327,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "status": _status,
     "results": _results,
     "retry": _retry,
+    "verify": upkeep.verify,
+    "gc": upkeep.gc,
     "completion": _completion,
 }

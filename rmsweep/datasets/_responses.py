@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rmsweep.bank import SPLITS, Ints
-from rmsweep.datasets._checks import Problems, is_text, normalised, shown
 from rmsweep.datasets._rows import Batch, batches, column_names
 from rmsweep.errors import unknown
+from rmsweep.problems import Problems, is_text, normalised, shown
 
 if TYPE_CHECKING:
     from rmsweep.datasets.table import Scalar, Table
@@ -101,6 +101,9 @@ class _Reader:
         if not self.row and not self.problems.count:
             self._no_rows()
         same = self._same_texts()
+        self._check_ids()
+        if self.table.contradictions == "error":
+            self._check_contradictions()
         self.problems.check()
         return Source(
             path=Path(self.table.path), embedding_column=self.table.embedding_column,
@@ -201,6 +204,30 @@ class _Reader:
                 allowed = f"{sides[j]!r}, as the prompt with the same text in row {self.first_row[j]}"
                 self.problems.at(self.first_row[i], str(self.table.split_column), sides[i], allowed)
         return np.unique(same, return_inverse=True)[1].astype(np.int64)
+
+    def _check_ids(self) -> None:
+        """Ids that a reader cannot tell apart (Unicode form, whitespace) would be two prompts."""
+        if self.table.prompt_id_column is None:
+            return
+        first: dict[str, int] = {}
+        for i, identity in enumerate(self.index):
+            if (known := first.setdefault(normalised(identity), i)) != i:
+                self.problems.at(
+                    self.first_row[i], self.table.prompt_id_column, identity,
+                    f"an id that differs in more than Unicode form or spaces from that of row {self.first_row[known]}",
+                )  # fmt: skip
+
+    def _check_contradictions(self) -> None:
+        """Equal responses to one prompt have one golden reward."""
+        first: dict[tuple[int, str], int] = {}
+        for i, key in enumerate(zip(self.prompt_of, self.response, strict=True)):
+            known = first.setdefault(key, i)
+            if self.golden[i] != self.golden[known]:
+                self.problems.at(
+                    self.row[i], self.table.golden_column, self.golden[i],
+                    f"{self.golden[known]}, as for the same response to this prompt in row {self.row[known]}; "
+                    "dataset.contradictions=keep takes golden rewards as noisy",
+                )  # fmt: skip
 
     def _no_rows(self) -> None:
         held = "; ".join(f"{column} holds {', '.join(values)}" for column, values in self.seen.items())

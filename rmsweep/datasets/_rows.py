@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rmsweep.datasets._checks import Problems
 from rmsweep.errors import DataError
+from rmsweep.problems import Problems
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 SUFFIXES = (".parquet", *JSON_SUFFIXES)
 LOOK_AHEAD = 1000  # lines of a JSON file whose keys are its columns
+MAX_ROWS = 50_000_000
+MAX_LINE = 64 << 20  # bytes of one line of JSON
+MAX_TEXT = 16 << 30  # bytes that the columns read may unpack to, vectors aside: no memory holds more as text
 
 
 class Batch(NamedTuple):
@@ -31,7 +36,8 @@ class Batch(NamedTuple):
 def column_names(path: Path) -> list[str]:
     """Names of a file's columns; DataError if it is missing, empty, unreadable or of another kind."""
     if not path.is_file():
-        raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}; dataset.path=FILE")
+        there = "a folder, not a file" if path.is_dir() else "not a regular file"
+        raise DataError(f"{path}: {there if os.path.lexists(path) else 'no such file'}; dataset.path=FILE")
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: suffix {path.suffix!r} is not known; allowed: {', '.join(SUFFIXES)} (JSON lines)")
     if path.stat().st_size == 0:
@@ -57,22 +63,44 @@ def batches(path: Path, columns: Sequence[str], problems: Problems, size: int = 
         yield Batch([row for row, _ in block], {c: [line.get(c) for _, line in block] for c in columns})
 
 
-def _open(path: Path) -> pq.ParquetFile:
+def _open(path: Path, texts: Sequence[str] = ()) -> pq.ParquetFile:
+    """The file; equal values of `texts` are unpacked once, since a small file could fill the memory otherwise."""
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+        return pq.ParquetFile(path, read_dictionary=list(texts))
+    except (pa.ArrowException, OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error})") from None
 
 
 def _parquet(path: Path, columns: list[str], size: int) -> Iterator[Batch]:
     start = 0
-    try:
-        for batch in _open(path).iter_batches(batch_size=size, columns=columns):
-            rows = range(start, start + batch.num_rows)
-            start = rows.stop
-            yield Batch(rows, {c: _values(batch.column(batch.schema.get_field_index(c))) for c in columns})
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: unreadable at or after data row {start} ({error})") from None
+    with _open(path) as file:
+        types = {field.name: field.type for field in file.schema_arrow}
+        _check_size(path, file, columns)
+    texts = [c for c in columns if pa.types.is_string(types[c]) or pa.types.is_large_string(types[c])]
+    with _open(path, texts) as file:
+        parts = file.iter_batches(batch_size=size, columns=columns)
+        while True:
+            try:
+                batch = next(parts)
+                values = {c: _values(batch.column(batch.schema.get_field_index(c))) for c in columns}
+            except StopIteration:
+                return
+            except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError, MemoryError) as error:
+                raise DataError(f"{path}: unreadable at or after data row {start} ({error})") from None
+            yield Batch(range(start, start + batch.num_rows), values)
+            start += batch.num_rows
+
+
+def _check_size(path: Path, file: pq.ParquetFile, columns: Sequence[str]) -> None:
+    """Refuse what no memory holds, by the file's own account."""
+    meta = file.metadata
+    if meta.num_rows > MAX_ROWS:
+        raise DataError(f"{path}: {meta.num_rows:,} rows; allowed are {MAX_ROWS:,}")
+    groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
+    chunks = [group.column(j) for group in groups for j in range(meta.num_columns)]
+    n_bytes = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in columns)
+    if n_bytes > MAX_TEXT:
+        raise DataError(f"{path}: the columns {', '.join(columns)} unpack to {n_bytes:,} bytes; allowed {MAX_TEXT:,}")
 
 
 def _values(array: pa.Array) -> Sequence[Any]:
@@ -81,9 +109,16 @@ def _values(array: pa.Array) -> Sequence[Any]:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return _lists(array)
     try:
-        return array.to_pylist()
+        return _shared(array) if pa.types.is_dictionary(kind) else array.to_pylist()
     except UnicodeDecodeError:
-        return [_decoded(value) for value in array.cast(pa.large_binary()).to_pylist()]
+        plain = array.dictionary_decode() if pa.types.is_dictionary(kind) else array
+        return [_decoded(value) for value in plain.cast(pa.large_binary()).to_pylist()]
+
+
+def _shared(array: pa.Array) -> Sequence[Any]:
+    """Values of a dictionary-encoded column; equal ones are one Python object."""
+    values = array.dictionary.to_pylist()
+    return [None if i is None else values[i] for i in array.indices.to_pylist()]
 
 
 def _lists(array: pa.Array) -> Sequence[Any]:
@@ -106,7 +141,10 @@ def _json_lines(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str,
     """(data row, object) of every line; blank lines do not count as rows."""
     row = -1
     with open(path, "rb") as handle:
-        for number, line in enumerate(handle, 1):
+        for number, line in enumerate(iter(lambda: handle.readline(MAX_LINE + 1), b""), 1):
+            if len(line) > MAX_LINE:
+                problems.add(f"row {row + 1} (line {number}): longer than {MAX_LINE:,} bytes; what follows is not read")
+                return
             if not line.strip():
                 continue
             row += 1
@@ -117,7 +155,7 @@ def _json_lines(path: Path, problems: Problems) -> Iterator[tuple[int, dict[str,
 
 def _json_object(line: bytes, where: str, problems: Problems) -> dict[str, Any] | None:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         problems.add(f"{where}: no valid JSON ({error}); allowed: one JSON object per line, in UTF-8")
         return None
@@ -126,3 +164,12 @@ def _json_object(line: bytes, where: str, problems: Problems) -> dict[str, Any] 
         problems.add(f"{where}: a JSON {kind}; allowed: one JSON object per line")
         return None
     return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; a key that stands twice is refused, since either value may be meant."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        first = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {first[:60]!r} stands twice")
+    return result

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from rmsweep.bank import Bank, Split, check_banks, check_split
+from rmsweep.bank import SPLITS, Bank, check_bank, open_npy, read_notes, read_prompts
 from rmsweep.component import component, downstream, silent
 from rmsweep.datasets import BankShape, RewardScale
 from rmsweep.errors import DataError
+from rmsweep.paths import user_path
+from rmsweep.problems import Problems, shown
 from rmsweep.size import Size
+
+FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @component("dataset", version=1)
@@ -32,12 +38,16 @@ class BankFolder:
         return {file.name: file for file in sorted(self._folder().iterdir()) if file.is_file()}
 
     def shape(self, llm: Any, size: Size, embedder: Any) -> BankShape:
-        """Counts per prompt; raises DataError on gaps, infinite rewards or embeddings of another shape."""
-        bank = self._bank()
-        for name, split in (("train", bank.train), ("test", bank.test)):
-            check_split(name, split)
-        check_banks(bank.train, bank.test)
-        return BankShape(bank.train.count, bank.test.count, has_texts=_has_texts(bank.train) and _has_texts(bank.test))
+        """Counts per prompt; reads every number once, and raises DataError with all problems of the folder."""
+        folder = self._folder()
+        problems = Problems(folder, note="")
+        _check_files(problems, folder)
+        problems.check()
+        bank = Bank.read(folder)
+        check_bank(problems, bank.train, bank.test)
+        problems.check()
+        has_texts = bank.train.response is not None and bank.test.response is not None
+        return BankShape(bank.train.count, bank.test.count, has_texts=has_texts)
 
     def generate(self, llm: Any, size: Size, embedder: Any, folder: Path) -> None:
         """Copy the files into the store."""
@@ -45,23 +55,26 @@ class BankFolder:
             shutil.copyfile(path, folder / name)
 
     def _folder(self) -> Path:
-        if not self.path or not (Path(self.path) / "bank.json").is_file():
+        path = user_path(self.path, "dataset.path") if self.path else None
+        if path is None or not (path / "bank.json").is_file():
             raise DataError(
                 f"dataset.path={self.path}: no bank there; write one with Bank.from_arrays(...).write(folder)"
             )
-        return Path(self.path)
-
-    def _bank(self) -> Bank:
-        folder = self._folder()
-        if references := sorted(folder.glob("reference_*.json")):
-            raise DataError(f"{references[0]}: points to a file elsewhere; such banks are dataset=released_...")
-        try:
-            return Bank.read(folder)
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{folder}: not a bank as Bank.write leaves it ({type(error).__name__}: {error})") from None
+        return path
 
 
-def _has_texts(split: Split) -> bool:
-    return split.response is not None
+def _check_files(problems: Problems, folder: Path) -> None:
+    """Note files that a bank cannot have, and those that cannot be opened."""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("reference_"):
+            problems.add(f"{path}: points to a file elsewhere; such banks are dataset=released_...")
+        elif not FILE.fullmatch(path.name) or path.name == "manifest.json":
+            problems.add(f"{shown(path.name)}: not the name of a bank's file; copy the files of Bank.write elsewhere")
+    problems.of(read_notes, folder)
+    for name in SPLITS:
+        golden = problems.of(open_npy, folder / f"golden_{name}.npy")
+        problems.of(open_npy, folder / f"embedding_{name}.npy")
+        if os.path.lexists(folder / f"ceiling_{name}.npy"):
+            problems.of(open_npy, folder / f"ceiling_{name}.npy")
+        if golden is not None and golden.ndim:
+            problems.of(read_prompts, folder, name, len(golden))

@@ -7,6 +7,7 @@ the layout is found from shapes and order of the rewards. Embeddings are mapped 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -18,6 +19,8 @@ from rmsweep.bank import SPLITS, Floats, Ints, open_npy, rounded, write_notes, w
 from rmsweep.component import component, downstream, silent
 from rmsweep.datasets import BankShape, RewardScale
 from rmsweep.errors import DataError
+from rmsweep.paths import user_path
+from rmsweep.problems import Problems
 from rmsweep.size import Size
 
 Layout = Literal["PND", "NPD"]
@@ -52,9 +55,9 @@ class Released:
         """The four files; raises DataError naming every one that is missing."""
         if not self.root:
             raise DataError("dataset.root is not set; dataset.root=FOLDER holds the files embd_... and reward_...")
-        if not NAME.fullmatch(llm.name):
+        if not NAME.fullmatch(str(getattr(llm, "name", ""))):
             raise DataError(f"base_llm.name={llm.name!r}: allowed are letters, digits, '_', '-' and '.'")
-        root = Path(self.root).expanduser()
+        root = user_path(self.root, "dataset.root")
         stem = f"{llm.name}_{self.embedder_name}_{self.task}"
         files = {f"{p}_{s}": root / f"{p}_{stem}_{s}.npy" for p in ("embd", "reward") for s in SPLITS}
         missing = [str(path) for path in files.values() if not path.is_file()]
@@ -67,21 +70,27 @@ class Released:
         if embedder.kind != "native":
             raise DataError(f"embedder={embedder.kind} needs texts, released files have none; allowed: native, auto")
         train, test = self._sides(llm)
-        problems = [p for side in (train, test) for p in (_bad_rewards(side), _bad_sample(side)) if p]
+        problems = Problems(user_path(self.root, "dataset.root"), note="")
+        for side in (train, test):
+            _check_rewards(problems, side)
+            _check_embeddings(problems, side, _sample(side))
         if train.embedding.shape[2] != test.embedding.shape[2]:
             dims = [f"{s.path} has D={s.embedding.shape[2]}" for s in (train, test)]
-            problems.append(f"{dims[0]}, {dims[1]}: they must be equal")
-        if problems:
-            raise DataError("\n  ".join(problems))
+            problems.add(f"{dims[0]}, {dims[1]}: they must be equal")
+        problems.check()
         for side in (train, test):
-            rounded(str(side.reward_path), np.asarray(side.golden))
+            problems.of(rounded, str(side.reward_path), np.asarray(side.golden))
+        problems.check()
         return BankShape(train.counts, test.counts, has_texts=False)
 
     def generate(self, llm: Any, size: Size, embedder: Any, folder: Path) -> None:
         """Write golden rewards and references to the embedding files, every number of which is checked."""
         sides = self._sides(llm)
-        if problems := [p for side in sides for p in (_bad_rewards(side), _bad_anywhere(side)) if p]:
-            raise DataError("\n  ".join(problems))
+        problems = Problems(user_path(self.root, "dataset.root"), note="")
+        for side in sides:
+            _check_rewards(problems, side)
+            _check_embeddings(problems, side, _everything(side))
+        problems.check()
         for name, side in zip(SPLITS, sides, strict=True):
             np.save(folder / f"golden_{name}.npy", np.ascontiguousarray(rounded(name, np.asarray(side.golden))))
             write_reference(folder, name, side.path.resolve(), side.layout)
@@ -91,15 +100,11 @@ class Released:
     def _sides(self, llm: Any) -> tuple[_Side, _Side]:
         """Both splits, opened and their layouts found; problems of both in one error."""
         files = self.inputs(llm, None)
-        sides, problems = [], []
-        for name in SPLITS:
-            try:
-                sides.append(_open(files[f"embd_{name}"], files[f"reward_{name}"], self.layout))
-            except DataError as error:
-                problems.append(str(error))
-        if problems:
-            raise DataError("\n  ".join(problems))
-        return sides[0], sides[1]
+        problems = Problems(user_path(self.root, "dataset.root"), note="")
+        train, test = (problems.of(_open, files[f"embd_{s}"], files[f"reward_{s}"], self.layout) for s in SPLITS)
+        problems.check()
+        assert train is not None and test is not None
+        return train, test
 
 
 class _Side(NamedTuple):
@@ -157,40 +162,36 @@ def _rises(reward: Floats, axis: int) -> bool:
     return bool((np.diff(reward, axis=axis) >= 0).all())
 
 
-def _bad_rewards(side: _Side) -> str | None:
-    """The first golden reward that is not finite in float32, and how many there are."""
+def _check_rewards(problems: Problems, side: _Side) -> None:
+    """Note every golden reward that is not finite in float32."""
     good = np.abs(side.golden) <= np.finfo(np.float32).max
-    if good.all():
-        return None
-    prompt, response = np.argwhere(~good)[0]
-    value, more = side.golden[prompt, response], int((~good).sum())
-    where = f"{side.reward_path}: golden reward of prompt {prompt}, response {response}"
-    return f"{where}: {value}; allowed: finite numbers ({more} such value{'s' * (more > 1)})"
+    where = f"{side.reward_path}: golden reward of prompt"
+    places = ((p, r, side.golden[p, r]) for p, r in np.argwhere(~good))
+    texts = (f"{where} {p}, response {r}: {value}; allowed: finite numbers" for p, r, value in places)
+    problems.many(int((~good).sum()), texts)
 
 
-def _bad_sample(side: _Side) -> str | None:
-    """The first embedding that is not finite among a few responses spread over the file."""
+def _check_embeddings(problems: Problems, side: _Side, bad: Iterable[tuple[int, int]]) -> None:
+    """Note responses (prompt, response) whose embedding is not finite."""
+    problems.add(*(f"{side.path}: the embedding of prompt {p}, response {r} holds NaN or infinity" for p, r in bad))
+
+
+def _sample(side: _Side) -> Iterator[tuple[int, int]]:
+    """Where embeddings are not finite, among a few responses spread over the file."""
     n_prompts, n_responses, _ = side.embedding.shape
     rows = np.linspace(0, n_prompts * n_responses - 1, SAMPLE_RESPONSES).astype(np.int64)
     prompt, response = np.divmod(np.unique(rows), n_responses)
     good = np.isfinite(side.embedding[prompt, response]).all(axis=1)
-    return None if good.all() else _bad_embedding(side, prompt[~good][0], response[~good][0])
+    yield from zip(prompt[~good].tolist(), response[~good].tolist(), strict=True)
 
 
-def _bad_anywhere(side: _Side) -> str | None:
-    """The first embedding that is not finite, reading the file once in chunks of CHUNK_BYTES."""
+def _everything(side: _Side) -> Iterator[tuple[int, int]]:
+    """Where embeddings are not finite, reading the file once in chunks of CHUNK_BYTES."""
     _, n_responses, dim = side.embedding.shape
     step = max(1, CHUNK_BYTES // (n_responses * dim * side.embedding.itemsize))
     for start in range(0, len(side.embedding), step):
         good = np.isfinite(side.embedding[start : start + step]).all(axis=2)
-        if not good.all():
-            prompt, response = np.argwhere(~good)[0]
-            return _bad_embedding(side, start + prompt, response)
-    return None
-
-
-def _bad_embedding(side: _Side, prompt: int, response: int) -> str:
-    return f"{side.path}: the embedding of prompt {prompt}, response {response} holds NaN or infinity"
+        yield from ((start + int(p), int(r)) for p, r in np.argwhere(~good))
 
 
 def _neighbours(root: Path) -> str:

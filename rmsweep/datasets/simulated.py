@@ -32,6 +32,8 @@ from rmsweep.size import Size
 
 Array = NDArray[np.float64]
 Count = Annotated[int, Field(ge=1)]
+MOST = {"P": 10_000_000, "Q": 10_000_000, "N": 100_000, "M": 100_000, "D": 100_000}
+MOST_DIMS = {"n_latent": 10_000, "n_nuisance": 10_000, "n_waves": 100_000}
 CHUNK_ROWS = 8192  # part of the algorithm: each chunk of responses has its own random stream
 
 
@@ -69,6 +71,7 @@ class SimulatedWorld:
         """Counts per prompt as the size says; no texts."""
         if llm.kind != "simulated":
             raise ConfigError(f"base_llm.kind={llm.kind} has no place in the simulated world; needed: simulated")
+        _check_size(self, size)
         return BankShape(np.full(size.P, size.N), np.full(size.Q, size.M), has_texts=False)
 
     def generate(self, llm: Any, size: Size, embedder: Any, folder: Path) -> None:
@@ -79,6 +82,14 @@ class SimulatedWorld:
             notes[name] = _write_split(self, world, llm, folder, name, (n_prompts, n_responses, size.D))
             write_prompts(folder, name, [f"{name}-{i}" for i in range(n_prompts)])
         write_notes(folder, seed=self.seed, **notes)
+
+
+def _check_size(config: SimulatedWorld, size: Size) -> None:
+    """Refuse sizes whose mere counts would fill the memory."""
+    sizes = {f"size.{k}": (getattr(size, k), most) for k, most in MOST.items()}
+    for key, (n, most) in {**sizes, **{f"dataset.{k}": (getattr(config, k), m) for k, m in MOST_DIMS.items()}}.items():
+        if n > most:
+            raise ConfigError(f"{key}={n}: allowed are at most {most:,}")
 
 
 class GoldenReward(NamedTuple):

@@ -20,10 +20,11 @@ from pydantic import Field
 from rmsweep.bank import SPLITS, Ints, rounded, write_notes, write_prompts
 from rmsweep.component import component, downstream, silent
 from rmsweep.datasets import BankShape, RewardScale
-from rmsweep.datasets._checks import Problems
 from rmsweep.datasets._responses import Source, as_vector, read_source
 from rmsweep.datasets._rows import batches, column_names
 from rmsweep.errors import DataError
+from rmsweep.paths import user_path
+from rmsweep.problems import Problems
 from rmsweep.rng import stream
 from rmsweep.size import Size
 
@@ -48,8 +49,10 @@ class Table:
     and n_test_prompts, or test_fraction of them for testing. Prompts that differ only in whitespace never
     straddle the split.
     empty: what becomes of responses without text. duplicates: drop keeps the first of equal responses to a
-    prompt. max_responses: a random choice of so many per prompt. min_responses: prompts with fewer are left
-    out before the split; those with a single one stay by default, though same-prompt pairing cannot use them.
+    prompt. contradictions: equal responses to a prompt with different golden rewards are an error unless keep says
+    that the reward is noisy; it decides no number. max_responses: a random choice of so many per prompt.
+    min_responses: prompts with fewer are left out before the split; those with a single one stay by default, though
+    same-prompt pairing cannot use them.
     center: prompt subtracts the mean golden reward of the prompt's usable responses.
     seed: of max_responses, the embedder and the evaluation pairs.
     """
@@ -72,6 +75,7 @@ class Table:
     center: Literal["none", "prompt"] = "none"
     empty: Literal["error", "drop", "keep"] = "error"
     duplicates: Literal["keep", "drop"] = "keep"
+    contradictions: Literal["error", "keep"] = silent("error")
     min_responses: Count = 1
     max_responses: Count | None = None
     reward_scale: RewardScale = downstream(1.0)
@@ -87,7 +91,7 @@ class Table:
         """The file."""
         if not self.path:
             raise DataError("dataset.path is not set; dataset.path=FILE names a .parquet or .jsonl file")
-        path = Path(self.path).expanduser()
+        path = user_path(self.path, "dataset.path")
         column_names(path)
         return {"table": path}
 

@@ -1,30 +1,47 @@
-"""What the checks of data files share: all problems in one message, values shown short, texts compared."""
+"""What the checks of data share: all problems in one message, values shown short, texts compared."""
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rmsweep.errors import DataError
 
 MAX_LISTED = 20
 MAX_SHOWN = 60
+T = TypeVar("T")
 
 
 class Problems:
-    """Everything wrong with one file, raised together: the first MAX_LISTED and how many more there are."""
+    """Everything wrong with one source, raised together: the first MAX_LISTED and how many more there are.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    where: the file or folder; note: what the title says after the count.
+    """
+
+    def __init__(self, where: Path | str, note: str = " (rows are data rows, counted from 0)") -> None:
+        self.where, self.note = where, note
         self.lines: list[str] = []
         self.count = 0
 
-    def add(self, text: str) -> None:
-        """One problem of the file as a whole."""
-        self.count += 1
-        if len(self.lines) < MAX_LISTED:
-            self.lines.append(text)
+    def add(self, *texts: str) -> None:
+        """Some problems, one line each."""
+        self.many(len(texts), texts)
+
+    def many(self, count: int, texts: Iterable[str]) -> None:
+        """`count` problems; `texts` is read as far as lines are listed."""
+        self.count += count
+        self.lines += itertools.islice(texts, max(0, MAX_LISTED - len(self.lines)))
+
+    def of(self, read: Callable[..., T], *args: Any) -> T | None:
+        """What read(*args) gives; None, and one problem more, where it raises a DataError."""
+        try:
+            return read(*args)
+        except DataError as error:
+            self.add(str(error))
+            return None
 
     def at(self, row: int, column: str, value: Any, allowed: str) -> None:
         """One bad value: data row (from 0), column, the value, what would be allowed."""
@@ -34,8 +51,8 @@ class Problems:
         """Raise a DataError when there is any problem."""
         if not self.count:
             return
-        more = [f"... and {self.count - len(self.lines)} more"] if self.count > len(self.lines) else []
-        title = f"{self.path}: {self.count} problem{'s' * (self.count > 1)} (rows are data rows, counted from 0)"
+        more = [f"... and {self.count - len(self.lines):,} more"] if self.count > len(self.lines) else []
+        title = f"{self.where}: {self.count:,} problem{'s' * (self.count > 1)}{self.note}"
         raise DataError("\n  ".join([title, *self.lines, *more]))
 
 
