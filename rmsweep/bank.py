@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rmsweep.errors import DataError
+from rmsweep.errors import DataError, DesignError
 from rmsweep.fingerprint import file_sha256
 from rmsweep.problems import Problems, is_text, normalised, shown
 
@@ -59,6 +59,16 @@ class Split:
     def count(self) -> Ints:
         """Responses per prompt, int64 [P]."""
         return np.isfinite(self.golden).sum(axis=1)
+
+    @functools.cached_property
+    def characters(self) -> Ints:
+        """Characters (Unicode code points) of each response, int64 [P, N], 0 at padding; DesignError without texts."""
+        if self.response is None:
+            raise DesignError("lengths need the responses' texts, which this bank does not have")
+        counts = np.zeros(self.golden.shape, dtype=np.int64)
+        for prompt, responses in enumerate(self.response):
+            counts[prompt, : len(responses)] = [len(text) for text in responses]
+        return counts
 
     @property
     def n_prompts(self) -> int:

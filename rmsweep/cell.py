@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -58,6 +59,7 @@ class Values:
     n_annotations: Annotated[int, Field(ge=1)] | None = None
     pairs_per_prompt: Annotated[int, Field(ge=1)] = 1
     seed: Annotated[int, Field(ge=0)] = 0
+    cross_beta_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,10 @@ class PlannedCell(NamedTuple):
 def build_cell(config: Mapping[str, Any]) -> CellSpec:
     """The components of a plain cell config; every key and value checked, ConfigError otherwise.
 
-    Keys: the nodes of GROUPS (with `kind`) and `size`; beta, n_annotations, pairs_per_prompt, seed; error_rate and
-    evaluate.
+    Keys: the nodes of GROUPS (with `kind`) and `size`; the fields of Values; error_rate and evaluate.
     """
-    known = {*GROUPS, "size", "error_rate", "evaluate", "beta", "n_annotations", "pairs_per_prompt", "seed"}
+    names = [field.name for field in dataclasses.fields(Values)]
+    known = {*GROUPS, "size", "error_rate", "evaluate", *names}
     for key in config:
         if key not in known:
             raise unknown("key", key, known)
@@ -110,7 +112,6 @@ def build_cell(config: Mapping[str, Any]) -> CellSpec:
     parts["reward_model"] = _sized(parts["reward_model"], size if parts["dataset"].uses_size else None)
     if parts["embedder"].kind == "auto":
         parts["embedder"] = component.build("embedder", parts["dataset"].default_embedder)
-    names = ("beta", "n_annotations", "pairs_per_prompt", "seed")
     values = component.checked(Values, {n: _number(config[n]) for n in names if n in config}, "")
     if math.isnan(values.beta):
         raise ConfigError("beta=nan: allowed are numbers >= 0 and inf")
@@ -198,8 +199,14 @@ def why_skipped(spec: CellSpec, shape: BankShape, base_llm: str) -> str | None:
     """Why this combination has no meaning or cannot be given, or None; `base_llm` is the option's name."""
     if base_llm not in spec.dataset.base_llms:
         return f"base_llm {base_llm} does not go with this dataset; it has {', '.join(spec.dataset.base_llms)}"
-    reason = getattr(spec.reward_model, "skip", lambda shape: None)(shape)
-    return reason or too_many_annotations(spec, shape)
+    reason = getattr(spec.reward_model, "skip", lambda shape: None)(shape) or spec.annotator.skip(shape)
+    return reason or _no_levels(spec) or too_many_annotations(spec, shape)
+
+
+def _no_levels(spec: CellSpec) -> str | None:
+    if spec.annotator.graded or not getattr(spec.reward_model, "graded", False):
+        return None
+    return "the reward model learns from levels of preference, this annotator says only which response is better"
 
 
 def too_many_annotations(spec: CellSpec, shape: BankShape) -> str | None:

@@ -24,7 +24,7 @@ from rmsweep.fingerprint import digest
 from rmsweep.presets import OPTION, Presets
 
 CELL_GROUPS = (*GROUPS, "size")
-VALUES = ("beta", "n_annotations", "pairs_per_prompt", "seed")
+VALUES = ("beta", "cross_beta_factor", "n_annotations", "pairs_per_prompt", "seed")
 NODES = ("error_rate", "evaluate")  # structured values of conf/config.yaml that are no groups
 NOT_AXES = ("root", "sweep", "engine", "keep", "device", "precision")
 ALIASES = {"error_rate": "error_rate.value"}  # error_rate=0.2 says error_rate.value=0.2

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from rmsweep.objectives._function import LossFunction
 
-VALUES = ("beta", "error_rate", "n_annotations", "pairs_per_prompt", "seed")
-
 
 def annotate(
     bank: Bank,
@@ -36,6 +34,7 @@ def annotate(
     *,
     beta: float | None = None,
     error_rate: float | None = None,
+    cross_beta_factor: float = 1.0,
     candidates: str | dict[str, Any] = "random",
     pairing: str | dict[str, Any] = "same_prompt",
     annotator: str | dict[str, Any] = "bradley_terry",
@@ -47,8 +46,9 @@ def annotate(
     """Preferences of a simulated annotator over the bank's training responses.
 
     n_annotations: null for 10,000 or what the bank can give. beta: annotation quality, null for 1, inf for none wrong;
-    error_rate: solved for beta instead, not beside it. reward_scale: the unit of golden differences, a number, "sd" or
-    "within_prompt_sd". candidates, pairing, annotator, protocol: an option of conf/ or a node with `kind`.
+    error_rate: solved for beta instead, not beside it. cross_beta_factor: times beta in cross-prompt comparisons.
+    reward_scale: the unit of golden differences, a number, "sd" or "within_prompt_sd".
+    candidates, pairing, annotator, protocol: an option of conf/ or a node with `kind`.
     """
     from rmsweep.stages import annotate as stage
 
@@ -57,8 +57,7 @@ def annotate(
     spec = _spec(
         candidates=candidates, pairing=pairing, annotator=annotator, protocol=protocol, reward_scale=reward_scale,
         beta=1.0 if beta is None else beta, error_rate={"value": error_rate}, n_annotations=n_annotations,
-        pairs_per_prompt=pairs_per_prompt,
-        seed=seed,
+        pairs_per_prompt=pairs_per_prompt, cross_beta_factor=cross_beta_factor, seed=seed,
     )  # fmt: skip
     return stage.annotate(spec, bank, streams(seed), {})
 

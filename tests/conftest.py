@@ -13,6 +13,7 @@ import pytest
 from rmsweep import reward_models
 from rmsweep.bank import Bank
 from rmsweep.cell import GROUPS, CellSpec, build_cell
+from rmsweep.grid import VALUES
 from rmsweep.presets import Presets
 
 PRESETS = Presets()
@@ -22,7 +23,7 @@ def cell_config(**changes):
     """The baseline cell's plain config with group options, values and dotted keys changed."""
     choices = {**PRESETS.baseline_choices, **{k: v for k, v in changes.items() if k in PRESETS.groups}}
     config = {group: PRESETS.node(group, choices[group]) for group in (*GROUPS, "size")}
-    for name in ("beta", "n_annotations", "pairs_per_prompt", "seed", "error_rate", "evaluate"):
+    for name in (*VALUES, "error_rate", "evaluate"):
         value = PRESETS.baseline[name]
         config[name] = changes.get(name, dict(value) if isinstance(value, dict) else value)
     for key, value in changes.items():

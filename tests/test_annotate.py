@@ -5,11 +5,12 @@ import pytest
 from conftest import make_spec, random_bank
 
 from rmsweep import component
+from rmsweep.annotators import Seen
 from rmsweep.bank import Bank
 from rmsweep.errors import DataError, DesignError
 from rmsweep.preferences import Comparisons, Preferences
 from rmsweep.rng import stream, streams
-from rmsweep.stages.annotate import annotate, reward_scale, same_prompt_differences, solve_beta
+from rmsweep.stages.annotate import annotate, reference_pairs, reward_scale, solve_beta
 
 BT = component.build("annotator", "bradley_terry")
 
@@ -63,8 +64,9 @@ def test_error_rate_is_solved_on_the_reference_not_on_the_design(bank, changes):
     reference = annotate(spec(error_rate={"value": 0.2}), bank, streams(0), {})
     design = annotate(spec(error_rate={"value": 0.2}, **changes), bank, streams(1), {})
     assert design.beta == reference.beta
-    difference, weight = same_prompt_differences(bank.train)
-    expected = np.average(1 - BT.probability(np.abs(difference), design.beta), weights=weight)
+    pairs, weight = reference_pairs(bank.train)
+    size = np.abs(pairs.golden_difference(bank.train))
+    expected = np.average(1 - BT.probability(size, design.beta), weights=weight)
     assert expected == pytest.approx(0.2, abs=1e-9)
 
 
@@ -85,7 +87,7 @@ def test_error_rate_weighs_every_prompt_equally():
 def test_ties_count_neither_for_the_error_rate_nor_for_its_solution():
     """Equal golden rewards have no order to violate."""
     difference = np.array([0.0] * 50 + [1.0] * 50)
-    beta = solve_beta(difference, 0.2, BT)
+    beta = solve_beta(Seen(difference), 0.2, BT)
     assert BT.probability(np.array([1.0]), beta)[0] == pytest.approx(0.8)
     pairs = Comparisons(*np.zeros((4, 4), dtype=np.int64))
     p = Preferences(pairs, np.array([1, 0, 1, 0], np.float32), np.full(4, 0.5), np.array([0.0, 0.0, 1.0, 1.0]), 1.0)

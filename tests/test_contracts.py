@@ -87,6 +87,23 @@ def test_annotator_contract(kind):
         p = annotator.probability(d, beta)
         assert p.min() >= 0 and p.max() <= 1 and (np.diff(p) >= 0).all()
         np.testing.assert_allclose(p + annotator.probability(-d, beta), 1, rtol=1e-12)
+        np.testing.assert_array_equal(p, annotator.probability(d, np.full(81, beta)))
+
+
+@pytest.mark.parametrize("option", PRESETS.options("annotator"))
+@pytest.mark.parametrize("beta", [0.0, 1.0, np.inf])
+def test_annotator_labels_contract(text_bank, option, beta):
+    """Labels 0, 1 or a tie, the same twice, others under another seed; graded ones agree with their strength."""
+    spec = make_spec(size="tiny", annotator=option, beta=beta, pairing="cross_prompt", cross_beta_factor=0.5)
+    first, again, other = (annotate(spec, text_bank, streams(s), {}) for s in (0, 0, 1))
+    np.testing.assert_array_equal(first.preference, again.preference)
+    assert first.preference.dtype == np.float32 and set(first.preference) <= {0.0, 0.5, 1.0}
+    assert not np.array_equal(first.preference, other.preference)
+    assert first.probability.min() >= 0 and first.probability.max() <= 1
+    assert (first.levels is not None) == (first.strength is not None) == spec.annotator.graded
+    if first.strength is not None:
+        np.testing.assert_array_equal(first.preference, (np.sign(first.strength) + 1) / 2)
+        assert set(first.strength) <= set(first.levels.strengths) and first.strength.dtype == np.int8
 
 
 @kinds("objective")

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from conftest import make_bank, make_spec
 
+from rmsweep.annotators import Seen
 from rmsweep.datasets.simulated import GoldenReward
 from rmsweep.rng import stream, streams
-from rmsweep.stages.annotate import annotate, same_prompt_differences, solve_beta
+from rmsweep.stages.annotate import annotate, reference_pairs, solve_beta
 
 BETAS = (0.5, 0.7, 1.0, 3.0, 5.0, 10.0)
 LLMS = ("sim_2b", "sim_7b", "sim_8b", "sim_2b_sft", "sim_7b_sft", "sim_8b_sft")
@@ -32,7 +33,7 @@ def test_smoothed_is_the_conditional_expectation():
 def test_same_prompt_difference_has_the_stated_sd(tmp_path):
     """Catches a golden reward whose unit is not what the papers' betas expect."""
     bank = make_bank(make_spec(size="demo"), tmp_path)
-    assert same_prompt_differences(bank.train)[0].std() == pytest.approx(1.3, rel=0.05)
+    assert reference_pairs(bank.train)[0].golden_difference(bank.train).std() == pytest.approx(1.3, rel=0.05)
 
 
 @pytest.mark.parametrize("llm", ["sim_2b", "sim_8b_sft"])
@@ -98,5 +99,5 @@ def test_solved_beta_gives_the_error_rate_asked_for():
     """Catches a solver that works on the realised instead of the expected distribution."""
     spec = make_spec()
     difference = stream(5, "test").standard_normal(100_000) * 1.2
-    beta = solve_beta(difference, 0.2, spec.annotator)
+    beta = solve_beta(Seen(difference), 0.2, spec.annotator)
     assert np.mean(1 - spec.annotator.probability(np.abs(difference), beta)) == pytest.approx(0.2, abs=1e-9)

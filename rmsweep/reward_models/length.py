@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from rmsweep.bank import Split
 from rmsweep.component import component
 from rmsweep.datasets import BankShape
-from rmsweep.errors import DesignError
 from rmsweep.reward_models import TrainingData
 
-NEEDS_TEXTS = "needs the responses' texts, which this bank does not have"
+NEEDS_TEXTS = "reward_model length needs the responses' texts, which this bank does not have"
 
 
 @component("reward_model", version=1)
@@ -25,7 +24,7 @@ class Length:
 
     def skip(self, shape: BankShape) -> str | None:
         """Runs on banks with texts only."""
-        return None if shape.has_texts else f"reward_model length {NEEDS_TEXTS}"
+        return None if shape.has_texts else NEEDS_TEXTS
 
     def fit(self, data: TrainingData) -> FittedLength:
         """Nothing to fit."""
@@ -40,12 +39,7 @@ class FittedLength:
 
     def score(self, split: Split) -> NDArray[np.float32]:
         """Characters of every response [P, N]; 0 at padding. Raises DesignError on a bank without texts."""
-        scores = np.zeros(split.golden.shape, dtype=np.float32)
-        if split.response is None:
-            raise DesignError(f"reward_model length {NEEDS_TEXTS}")
-        for prompt, responses in enumerate(split.response):
-            scores[prompt, : len(responses)] = [len(text) for text in responses]
-        return scores
+        return split.characters.astype(np.float32)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Nothing to keep."""

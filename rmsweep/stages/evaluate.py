@@ -16,7 +16,7 @@ from rmsweep.metrics.ragged import Group, groups
 from rmsweep.preferences import Comparisons, Preferences
 from rmsweep.reward_models import FittedModel
 from rmsweep.rng import stream
-from rmsweep.stages.annotate import reward_scale
+from rmsweep.stages.annotate import reward_scale, view
 
 HISTORY = ("n_train", "n_validation", "epochs", "best_epoch", "train_loss", "validation_loss", "l2", "learning_rate")
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def evaluate(
     metrics = {
         **_best_of_n(parts, picked, bank.test, cache),
         **_ranks(parts, score, picked, bank.test, orders),
-        **_noisy(spec, score, bank, preferences.beta, cache),
+        **_noisy(spec, score, bank, preferences, cache),
         **_tilt(spec, score, bank, model, cache),
         **_training(preferences, model.history),
     }
@@ -86,7 +86,9 @@ def _ranks(
     }
 
 
-def _noisy(spec: CellSpec, score: Floats, bank: Bank, beta: float, cache: dict[Any, Any]) -> dict[str, Any]:
+def _noisy(
+    spec: CellSpec, score: Floats, bank: Bank, preferences: Preferences, cache: dict[Any, Any]
+) -> dict[str, Any]:
     """Agreement with the cell's own annotator on test pairs that are the same for every cell of the bank."""
     n, scale = spec.evaluate.n_noisy_pairs, spec.dataset.reward_scale
     unit = _cached(cache, ("reward_scale", scale), lambda: reward_scale(scale, bank.train))
@@ -96,7 +98,8 @@ def _noisy(spec: CellSpec, score: Floats, bank: Bank, beta: float, cache: dict[A
         pairs = _cached(cache, (name, n), lambda: draw(bank.test, n, chance))
         if pairs is None:
             return None
-        probability = spec.annotator.probability(pairs.golden_difference(bank.test) / unit, beta)
+        seen = view(spec, bank, bank.test, pairs, unit, preferences.levels)
+        probability = spec.annotator.expected(seen, preferences.beta * seen.quality)
         return noisy.agreement_noisy(score, bank.test, pairs, probability)
 
     return {

@@ -7,7 +7,7 @@ from typing import Any
 
 from rmsweep.bank import Bank
 from rmsweep.cell import CellSpec
-from rmsweep.errors import Diverged
+from rmsweep.errors import DesignError, Diverged
 from rmsweep.preferences import Preferences
 from rmsweep.reward_models import Compute, FittedModel, TrainingData
 from rmsweep.rng import Streams, streams
@@ -34,4 +34,9 @@ def train_together(
 def _data(
     spec: CellSpec, bank: Bank, preferences: Preferences, chance: Streams, compute: Compute, cache: dict[Any, Any]
 ) -> TrainingData:
-    return TrainingData(bank.train, preferences, spec.protocol, chance, compute, cache.setdefault("train", {}))
+    used = preferences if getattr(spec.reward_model, "graded", False) else preferences.without_ties()
+    if not len(used):
+        raise DesignError(
+            f"all {len(preferences)} preferences are ties: nothing to train on; lower annotator.quantiles"
+        )
+    return TrainingData(bank.train, used, spec.protocol, chance, compute, cache.setdefault("train", {}))
