@@ -21,7 +21,7 @@ from rmsweep.pipeline import run_cell
 from rmsweep.preferences import Levels
 from rmsweep.reward_models import Compute
 from rmsweep.rng import stream, streams
-from rmsweep.stages.annotate import annotate, reference_pairs
+from rmsweep.stages.annotate import annotate, reference_pairs, solve_beta
 from rmsweep.stages.train import train
 
 N = 4000
@@ -113,6 +113,13 @@ def test_the_normal_noise_is_as_wide_as_the_logistic():
     assert norm.std(scale=np.pi / np.sqrt(3)) == pytest.approx(logistic.std())
 
 
+def test_equal_rewards_are_a_coin_flip_for_a_perfect_annotator():
+    """Beta = inf times a difference of 0 is no NaN; neither is a mixture's factor of 0 times inf."""
+    for kind in component.kinds("annotator"):
+        assert make(kind).probability(np.zeros(1), INF) == 0.5
+    assert make("mixture", beta_factors=[0.0, 1.0], shares=[1.0, 1.0]).probability(np.ones(1), INF) == 0.75
+
+
 @pytest.mark.parametrize("tie", [False, True])
 def test_level_probabilities_are_ordered_logit(tie):
     """Differences of sigma(beta (zeta - d)) by hand, sum 1; P(a > b) and P(tie) follow from them."""
@@ -175,6 +182,13 @@ def test_a_solved_error_rate_is_the_realised_one(bank, name):
     target = 0.35 if name in ("shift down", "shift up", "shift all ties", "cyclic", "noise ties") else 0.2
     realised = labelled(name, bank, error_rate={"value": target}).annotation_error_rate
     assert realised == pytest.approx(target, abs=4.2 * np.sqrt(target * (1 - target) / N))
+
+
+def test_a_solved_error_rate_knows_that_better_responses_are_longer():
+    """Lengths change sides with their responses: catches a length bias that is averaged away."""
+    d = np.random.default_rng(0).standard_normal(1000)
+    beta = solve_beta(Seen(d, length_difference=0.6 * d), 0.2, make("biased", length_bias=0.5))
+    assert np.mean(sigma(-beta * 1.3 * np.abs(d))) == pytest.approx(0.2, abs=1e-9)
 
 
 # -- common random numbers ---------------------------------------------------------------------------------
@@ -344,6 +358,15 @@ def test_an_annotators_bias_is_fixed(kind):
     np.testing.assert_array_equal(table + table.T, 1)
     assert sorted(table.sum(axis=1)) == [0.5 + k for k in range(30)]  # a total order
     assert not np.array_equal(wins(np.arange(len(a)), seed=1), everything)
+
+
+@pytest.mark.parametrize("kind", ["gumbel_bias", "fixed_bias"])
+def test_annotators_have_biases_of_their_own(kind):
+    """Asked about one pair of equal responses, some prefer a and some b: catches one bias shared by all."""
+    n = 2000
+    seen = Seen(np.zeros(n), row_a=np.zeros(n, np.int64), row_b=np.ones(n, np.int64), n_rows=2)
+    share = make(kind, n_annotators=50).label(seen, 1.0, streams(0)).preference.mean()
+    assert share == pytest.approx(0.5, abs=4.2 * 0.5 / np.sqrt(50) + 0.05)
 
 
 @pytest.mark.parametrize(("share", "agree"), [(0.0, None), (0.5, None), (1.0, 1.0)])
