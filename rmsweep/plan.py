@@ -320,8 +320,8 @@ class _Planner:
             return PlannedCell("", "", "", labels, point.config)
         values = spec.values
         reason = self._once(
-            ("skip", source_key, _key(point, "candidates", "pairing", "reward_model"), values.n_annotations,
-             values.pairs_per_prompt),
+            ("skip", source_key, _key(point, "candidates", "pairing", "annotator", "reward_model"),
+             values.n_annotations, values.pairs_per_prompt),
             lambda: why_skipped(spec, shape, llm),
         )  # fmt: skip
         code = self._once(("code", _key(point, *GROUPS)), lambda: self._code(spec))

@@ -561,7 +561,10 @@ def test_all_annotators_in_one_sweep(tmp_path):
         "length_bias", "cyclic", "flat_flip", "mixture", "level_shift", "level_noise",
     ]  # fmt: skip
     words = ["size=tiny", "reward_model=bt_linear", f"annotator={','.join(names)}", "cross_beta_factor=1,0.4"]
-    rmsweep("run", *words, "pairing=cross_prompt", "sweep.name=all", root=tmp_path)
+    words += ["pairing=cross_prompt", "sweep.name=all"]
+    planned = rmsweep("plan", *words, root=tmp_path).stdout
+    assert "skipped 2: the annotator's length_bias needs" in planned and "24 sets of annotations" in planned
+    rmsweep("run", *words, root=tmp_path)
     rows = pq.read_table(tmp_path / "sweeps" / "all" / "results.parquet").to_pylist()
     status = {name: {r["status"] for r in rows if r["annotator"] == name} for name in names}
     assert len(rows) == 26 and status.pop("length_bias") == {"skipped"} and set.union(*status.values()) == {"done"}

@@ -18,8 +18,8 @@ MAX_ROWS = 40
 FAR = 3.0  # times the cells seen: an estimate to be wary of
 STATES = ("new", "done", "failed", "diverged", "skipped")
 ANNOTATION_KEYS = (
-    "candidates", "pairing", "annotator", "beta", "error_rate", "n_annotations", "pairs_per_prompt", "seed",
-    "protocol",
+    "candidates", "pairing", "annotator", "beta", "error_rate", "cross_beta_factor", "n_annotations",
+    "pairs_per_prompt", "seed", "protocol",
 )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def distinct_annotations(cells: Iterable[PlannedCell]) -> set[tuple[Any, ...]]:
     def text(value: Any) -> str:
         return texts.setdefault(id(value), repr(value)) if isinstance(value, dict) else repr(value)
 
-    return {(c.bank_id, *(text(c.config[k]) for k in ANNOTATION_KEYS)) for c in cells}
+    return {(c.bank_id, *(text(c.config.get(k)) for k in ANNOTATION_KEYS)) for c in cells}
 
 
 def disk_text(needed: int, free: int) -> str:
