@@ -24,7 +24,8 @@ from rmsweep.cell import PlannedCell, bank_config, bank_id, build_cell
 from rmsweep.engines.local import Local
 from rmsweep.errors import ConfigError, DataError
 from rmsweep.fingerprint import canonical_json, file_sha256
-from rmsweep.plan import Plan, bank_bytes
+from rmsweep.plan import Plan
+from rmsweep.planner import bank_bytes
 from rmsweep.rng import stream
 from rmsweep.store import Store
 from rmsweep.verify import Problem, Report

@@ -78,7 +78,6 @@ class Store:
         """Make the folders and prove that they can be written; StoreError naming the path otherwise."""
         for name in FOLDERS:
             atomic.probe(self.folder / name)
-        atomic.fsync_folder(self.folder)
 
     @property
     def part_files(self) -> dict[str, Files]:

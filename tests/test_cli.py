@@ -16,7 +16,7 @@ from rmsweep.cli.complete import candidates, script
 from rmsweep.component import build, identity
 from rmsweep.errors import ConfigError, StoreError
 from rmsweep.grid import describe
-from rmsweep.plan import make
+from rmsweep.planner import make
 from rmsweep.store import Store
 
 

@@ -11,7 +11,8 @@ from rmsweep import plan as planning
 from rmsweep.cell import bank_id, build_cell, cell_id, fingerprint
 from rmsweep.errors import ConfigError, DataError, DesignError, StoreError
 from rmsweep.grid import describe
-from rmsweep.plan import Plan, make
+from rmsweep.plan import Plan
+from rmsweep.planner import make
 from rmsweep.reward_models import Compute
 from rmsweep.schemas import AXES
 

@@ -88,7 +88,7 @@ def _plan(args: argparse.Namespace) -> int:
 def _planned(args: argparse.Namespace, need_data: bool) -> tuple[Any, Any]:
     """Request and plan of `run` and `plan`; (None, None) after --cfg, which only prints."""
     from rmsweep import plan as planning
-    from rmsweep import plugins
+    from rmsweep import planner, plugins
     from rmsweep.cli import compose
     from rmsweep.cli.device import resolve_compute
 
@@ -98,10 +98,10 @@ def _planned(args: argparse.Namespace, need_data: bool) -> tuple[Any, Any]:
     if args.cfg:
         print(compose.first_cell_yaml(request), end="")
         return None, None
-    name = planning.sweep_name(request.sweep, args.plugin)
+    name = planner.sweep_name(request.sweep, args.plugin)
     folder = planning.sweep_folder(request.root, name)
     pinned = planning.pinned_compute(folder)
-    plan = planning.make(
+    plan = planner.make(
         request.sweep,
         request.presets,
         compute=resolve_compute(request.device, request.precision, pinned, here=need_data),
