@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,12 +29,17 @@ from rmsweep.grid import VALUES, check_name
 from rmsweep.reward_models import Compute
 from rmsweep.schemas import AXES, F
 
-FORMAT = 1
+FORMAT, OLD_FORMAT = 2, 1  # the old one has no checksums
+REPLACING = 0.2  # seconds
 HEADER, TABLE = "plan.json", "plan.parquet"
 REMEDY = "the same `rmsweep run` as before writes it again"
 KEEP = ("none", "scores", "models")
 CONFIG_KEYS = (*GROUPS, "size", *VALUES, "error_rate", "evaluate")
 IDENTITY = (*PARTS, KEY)
+
+
+class Overtaken(Exception):
+    """Another driver may have written the plan since it was read."""
 
 
 class BankSize(NamedTuple):
@@ -66,12 +72,13 @@ class Plan:
     kept_bytes: int = field(default=0, compare=False)
     unknown: str | None = field(default=None, compare=False)
 
-    def write(self, folder: Path) -> list[str]:
+    def write(self, folder: Path, is_mine: Callable[[], bool] = lambda: True) -> list[str]:
         """Write plan.parquet and plan.json into `folder`; a plan that is there becomes the union of both.
 
         A damaged one is set aside, and cells whose data, versions or defaults have changed since give way to those of
-        now; what was done about it is returned. Raises ConfigError when the plan that is there is pinned to another
-        device or precision, or to other plug-ins.
+        now; what was done about it is returned. is_mine: asked right before the plan is replaced. Raises Overtaken if
+        it says no: another driver may have written meanwhile; ConfigError when the plan that is there is pinned to
+        another device or precision, or to other plug-ins.
         """
         plan, table, notes, previous = self, _table(self.cells), list[str](), None
         if (folder / HEADER).exists() or (folder / TABLE).exists():
@@ -91,8 +98,16 @@ class Plan:
         data = sink.getvalue().to_pybytes()
         tables = [hashlib.sha256(data).hexdigest(), *filter(None, [previous])]  # so that it fits at every moment
         atomic.probe(folder)
-        atomic.replace(folder / HEADER, sealed({**plan._header(), "table": tables}), "plan")
-        atomic.replace(folder / TABLE, data, "plan")
+        texts = {HEADER: sealed({**plan._header(), "table": tables}), TABLE: data}
+        with contextlib.ExitStack() as stack:
+            drafts = [stack.enter_context(atomic.Draft(folder / name, "plan")) for name in texts]
+            for draft, text in zip(drafts, texts.values(), strict=True):
+                draft.write(text)
+                draft.seal()
+            if not is_mine():
+                raise Overtaken
+            for draft in drafts:
+                draft.replace()
         return notes
 
     def _header(self) -> dict[str, Any]:
@@ -108,6 +123,14 @@ class Plan:
     @staticmethod
     def read(folder: Path) -> Plan:
         """The plan in `folder`; raises StoreError when there is none or it cannot be read."""
+        try:
+            return Plan._read(folder)
+        except StoreError:
+            time.sleep(REPLACING)  # a driver may have been between its two files
+            return Plan._read(folder)
+
+    @staticmethod
+    def _read(folder: Path) -> Plan:
         header = read_header(folder)
         try:
             cells = _cells(_read_table(folder, header.get("table")))
@@ -146,16 +169,22 @@ def _read_table(folder: Path, sums: Sequence[str] | None = None) -> pa.Table:
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """plan.json of a sweep's folder: name, compute, keep, reuse and the sha256 of every plug-in."""
+    """plan.json of a sweep's folder: name, compute, keep, reuse and the sha256 of every plug-in.
+
+    Raises StoreError where there is none or it is damaged, ConfigError where another version wrote it.
+    """
     path = folder / HEADER
     try:
-        header = unsealed(atomic.read(path))
+        data = atomic.read(path)
+        header = unsealed(data, old=json.loads(data).get("format") == OLD_FORMAT)
     except FileNotFoundError:
         raise StoreError(f"{folder}: holds no plan (plan.json); plan the sweep with `rmsweep run`") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{path}: cannot be read ({error}); {REMEDY}") from None
-    if header.get("format") != FORMAT:
-        raise StoreError(f"{path}: format {header.get('format')}, this version reads {FORMAT}")
+    if header.get("format") not in (FORMAT, OLD_FORMAT):
+        raise ConfigError(
+            f"{path}: format {header.get('format')}, this version reads {FORMAT}; give another sweep.name"
+        )
     try:
         _check_header(header)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -220,7 +249,10 @@ def _union(old: Plan, new: Plan, folder: Path) -> tuple[Plan, list[str]]:
         f"{gone:,} cells of sweep {old.name} give way to those planned now, of the same labels or config but with "
         "other data, versions or defaults; their results stay in the store"
     ]
-    return dataclasses.replace(new, name=old.name, cells=_merged(kept, new.cells), plugins=plugins), notes[: bool(gone)]
+    notes = notes[: bool(gone)]
+    if old.reuse != new.reuse and (others := len({c.cell_id for c in kept} - {c.cell_id for c in new.cells})):
+        notes.append(f"{others:,} cells of earlier grids of sweep {old.name} were planned with --reuse {old.reuse}")
+    return dataclasses.replace(new, name=old.name, cells=_merged(kept, new.cells), plugins=plugins), notes
 
 
 def _not_superseded(old: Sequence[PlannedCell], new: Sequence[PlannedCell]) -> list[PlannedCell]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +79,16 @@ def make(
         kept_bytes=planner.kept_bytes,
         unknown=planner.unknown,
     )
+
+
+def as_of_today(plan: Plan, fingerprints: Collection[str]) -> Plan:
+    """A plan from the disk whose cells of these fingerprints carry today's code and keys, from their recorded inputs.
+
+    So a key that is no longer the same shows: the cell was planned with other versions or defaults of rmsweep.
+    """
+    planner = _Planner(plan.compute, False, plan.keep, plan.reuse)
+    cells = [planner.again(cell) if cell.fingerprint in fingerprints else cell for cell in plan.cells]
+    return dataclasses.replace(plan, cells=cells)
 
 
 def sweep_name(sweep: Sweep, plugins: Sequence[str] = ()) -> str:
@@ -158,6 +169,20 @@ class _Planner:
         cell = digest_of_parts(parts)
         key = fingerprint(cell, self.compute, code.strict)
         return PlannedCell(cell, key, bank, labels, point.config, reason, {**parts, KEY: code.key}, code.text)
+
+    def again(self, cell: PlannedCell) -> PlannedCell:
+        """A cell that was planned before, identified anew from its config and the inputs it was planned with."""
+        spec = build_cell(cell.config)
+        inputs = json.loads(cell.identity["bank"])["inputs"] if cell.identity else {}
+        parts, code = cell_parts(spec, inputs), self._code(spec)
+        name = digest_of_parts(parts)
+        return cell._replace(
+            cell_id=name,
+            fingerprint=fingerprint(name, self.compute, code.strict),
+            bank_id=bank_id(spec, inputs, code.strict_bank),
+            identity={**parts, KEY: code.key},
+            code=code.text,
+        )
 
     def _code(self, spec: CellSpec) -> _Code:
         """What the code of a cell's stages adds to its keys; one text for all cells that run the same."""

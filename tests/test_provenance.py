@@ -211,6 +211,7 @@ def test_a_plan_of_before_there_was_a_choice(tmp_path):
     header = json.loads((tmp_path / "plan.json").read_text())
     for later in ("reuse", "table", "digest"):
         del header[later]
+    header["format"] = plan.OLD_FORMAT
     (tmp_path / "plan.json").write_text(json.dumps(header))
     table = pq.read_table(tmp_path / "plan.parquet")
     later = [name for name in table.column_names if name == "code" or name.startswith("identity.")]
