@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,8 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 TEMPORARY = re.compile(r"\.(?:[0-9a-f]{16,64}\.)?(?P<owner>[A-Za-z0-9_]+-[0-9a-f]{8}-[0-9]+)-[0-9a-f]{32}\.tmp")
-STALE_TRIES = 3
+NO_FILE = {errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.ENXIO}  # what stands there is no regular file
+STALE_WAITS = (0.05, 0.5)  # seconds
 T = TypeVar("T")
 
 
@@ -310,6 +312,14 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise StoreError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+def unreadable(path: Path, error: OSError) -> StoreError:
+    """The error for a file that cannot be read now although it may be sound: nothing is to be set aside for it."""
+    return StoreError(
+        f"{path}: cannot be read ({error.strerror or error}); it was left as it is. Where the disk is broken, remove "
+        "it: what it holds is computed again"
+    )
+
+
 def is_disk_trouble(error: OSError) -> bool:
     """Whether an OSError of foreign code means the disk: full, read-only, broken. numpy sets no errno."""
     short_write = error.errno is None and "requested and" in str(error) and "written" in str(error)
@@ -318,12 +328,13 @@ def is_disk_trouble(error: OSError) -> bool:
 
 def _unless_stale(read: Callable[[], T]) -> T:
     """The answer of `read`, asked again while NFS says that the file behind the name was replaced (ESTALE)."""
-    for _ in range(STALE_TRIES - 1):
+    for seconds in STALE_WAITS:
         try:
             return read()
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
+            time.sleep(seconds)
     return read()
 
 

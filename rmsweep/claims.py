@@ -13,7 +13,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from rmsweep import atomic, crash
@@ -21,6 +21,7 @@ from rmsweep.errors import StoreError
 
 LEASE, BEAT = 120.0, 10.0  # seconds; NFS may show a change a minute late
 BEATS = ".beat"
+WAIT = 0.1  # seconds between two tries
 LAST_WORDS = 5.0  # seconds for a beat that hangs on a dead file server
 
 
@@ -28,16 +29,31 @@ class Claims:
     """What this process has claimed in a folder; a context, that beats inside and gives everything back at its end."""
 
     def __init__(
-        self, folder: Path, lease: float = LEASE, beat: float = BEAT, now: Callable[[], float] = time.monotonic
+        self, folder: Path, lease: float | None = None, beat: float = BEAT, now: Callable[[], float] = time.monotonic
     ) -> None:
         self.folder, self.owner = folder, f"{atomic.owner()}.{uuid.uuid4().hex[:12]}"
         self._beat, self._mine, self._n = beat, set[str](), 0
+        self._unlinked = set[str]()  # what a file system without symbolic links let us have
         self._ended, self._lives = threading.Event(), Lives(folder, lease, now)
         self._thread = threading.Thread(target=self._tick, daemon=True)
 
     def take(self, keys: Iterable[str]) -> set[str]:
         """Claim keys; those that are ours now. Keys of a dead owner become ours."""
         return {key for key in keys if self._take(key)}
+
+    def holds(self, key: str) -> bool:
+        """Whether a key is still ours: who sleeps past the lease loses it."""
+        return key in self._unlinked or (key in self._mine and self._holder(key) == self.owner)
+
+    @contextlib.contextmanager
+    def held(self, key: str) -> Iterator[Callable[[], bool]]:
+        """A key that is ours inside, as soon as nobody else has it; yields what asks whether it still is."""
+        while not self._take(key):
+            time.sleep(WAIT)
+        try:
+            yield lambda: self.holds(key)
+        finally:
+            self.release([key])
 
     def release(self, keys: Collection[str]) -> None:
         """Give keys back; those that are not ours are passed over."""
@@ -46,7 +62,8 @@ class Claims:
             with contextlib.suppress(OSError):
                 if self._holder(key) == self.owner:
                     os.unlink(self.folder / key)
-        crash.at("claim", "released")
+        with atomic.disk_errors(self.folder):
+            crash.at("claim", "released")
 
     def __enter__(self) -> Claims:
         self._say()
@@ -63,11 +80,13 @@ class Claims:
     def _take(self, key: str) -> bool:
         if key in self._mine:
             return True
-        crash.at("claim", "pre_claim")
+        with atomic.disk_errors(self.folder / key):
+            crash.at("claim", "pre_claim")
         for _ in range(2):  # once more after a void claim was removed
             if self._link(key) or self._holder(key) == self.owner:  # NFS may say "exists" of the link that it made
                 self._mine.add(key)
-                crash.at("claim", "claimed")
+                with atomic.disk_errors(self.folder / key):
+                    crash.at("claim", "claimed")
                 return True
             holder = self._holder(key)
             if holder is not None and not self._void(key, holder):
@@ -82,6 +101,7 @@ class Claims:
             return False
         except OSError as error:
             if error.errno in atomic.NO_LINK:
+                self._unlinked.add(key)
                 return True
             raise StoreError(f"{self.folder / key}: cannot be written ({error.strerror or error})") from error
         return True
@@ -121,8 +141,8 @@ class Claims:
 class Lives:
     """Which owners are alive, as seen from here. now: a monotonic clock in seconds."""
 
-    def __init__(self, folder: Path, lease: float = LEASE, now: Callable[[], float] = time.monotonic) -> None:
-        self.folder, self.lease, self._now = folder, lease, now
+    def __init__(self, folder: Path, lease: float | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self.folder, self.lease, self._now = folder, LEASE if lease is None else lease, now
         self._seen: dict[str, tuple[bytes | None, float]] = {}  # owner -> its beat, and since when it stands
 
     def owners(self) -> list[str]:

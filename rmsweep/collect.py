@@ -112,8 +112,11 @@ def collect(
 
 
 def _take(found: Collected, what: str, paths: Iterable[Path], wanted: bool = True) -> None:
-    """Remove paths where that is wanted and no dry run; note them either way."""
-    for path in sorted(paths):
+    """Remove paths where that is wanted and no dry run; note them either way.
+
+    One that is gone is passed over: its owner gave it its name, or took it back, before it ended.
+    """
+    for path in filter(os.path.lexists, sorted(paths)):
         item = Item(path, size(path))
         if wanted and not found.dry:
             _remove(path)

@@ -6,6 +6,7 @@ happened. It never loads torch.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,23 +17,25 @@ from rmsweep.cell import PlannedCell
 from rmsweep.claims import Claims
 from rmsweep.engines.local import Local
 from rmsweep.errors import DataError
-from rmsweep.fingerprint import file_sha256
+from rmsweep.fingerprint import digest, file_sha256
 from rmsweep.parts import again
-from rmsweep.plan import Plan, sweep_folder
+from rmsweep.plan import Overtaken, Plan, sweep_folder
 from rmsweep.progress import Progress
 from rmsweep.runner import Job
-from rmsweep.schedule import Limits, Schedule
-from rmsweep.store import Store
+from rmsweep.schedule import BANK, Limits, Schedule
+from rmsweep.store import State, Store
 
 WARM = "rmsweep.runner:warm"
+TABLE_TRIES = 3
 
 
 @dataclass(frozen=True)
 class Summary:
     """What a run leaves: rows of results.parquet by status, and what happened on the way.
 
-    n_computed: cells computed by this run. n_missing: planned cells without a row. interrupted: the signal that
-    stopped the run. notes: corrupt artefacts that were set aside, and anything else worth a warning.
+    n_computed: cells computed by this run. n_missing: planned cells without a row, of earlier grids of that name as
+    well. n_left: cells that this run was to compute and did not. interrupted: the signal that stopped it. notes:
+    corrupt artefacts that were set aside, and anything else worth a warning.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Summary:
     results: Path
     interrupted: int | None = None
     notes: tuple[str, ...] = ()
+    n_left: int = 0
 
 
 def run(
@@ -66,7 +70,7 @@ def run(
     if not all(cell.fingerprint for cell in cells):
         raise DataError(plan.unknown or f"sweep {plan.name}: the data are not here, so nothing can be computed")
     with Claims(store.folder / "claims") as claims:  # first of all: who beats is alive
-        notes = plan.write(folder)
+        notes = _write_plan(plan, folder, claims)
         results.mark_last(root, plan.name)
         store.merge(cell.fingerprint for cell in cells)
         pending = _pending(cells, store, retry, plan.keep)
@@ -78,15 +82,33 @@ def run(
         if pending:
             with bar:
                 stopped = engine.run(schedule, schedule.n_tasks, WARM if work == runner.PIPELINE else None)
-        return _finished(root, plan, store, schedule, stopped, notes)
+        with claims.held(f"tables-{digest(plan.name)}"):
+            tables = _tables(folder, store)
+        return _summary(plan, store, schedule, tables, stopped, notes)
 
 
-def _finished(
-    root: Path, plan: Plan, store: Store, schedule: Schedule, stopped: int | None, notes: Sequence[str]
+def _write_plan(plan: Plan, folder: Path, claims: Claims) -> list[str]:
+    """Write the plan, or its union with what stands under its name; one driver after the other."""
+    while True:
+        with contextlib.suppress(Overtaken), claims.held(f"plan-{digest(plan.name)}") as is_mine:
+            return plan.write(folder, is_mine)
+
+
+def _tables(folder: Path, store: Store) -> results.Tables:
+    """The tables of the whole sweep, this plan and what stood under its name; again where another run came between."""
+    tables = results.current(folder, store)
+    for _ in range(TABLE_TRIES):
+        if tables is not None and results.current(folder, store) is not None:
+            break
+        tables = assembled(folder, store)
+    assert tables is not None
+    return tables
+
+
+def _summary(
+    plan: Plan, store: Store, schedule: Schedule, tables: results.Tables, stopped: int | None, notes: Sequence[str]
 ) -> Summary:
-    """Assemble and write the tables of the whole sweep: this plan and what stood under its name."""
-    folder = sweep_folder(root, plan.name)
-    tables = results.current(folder, store) or assembled(folder, store)
+    """What the run leaves; its notes are printed."""
     notes = [*notes, *schedule.notes, *store.corrupt]
     if tables.n_missing:
         notes.append(f"{tables.n_missing:,} cells of sweep {plan.name} have no result yet")
@@ -98,8 +120,9 @@ def _finished(
     for note in notes:
         print(f"rmsweep: {note}", file=sys.stderr)
     return Summary(
-        plan.name, tables.counts, schedule.n_computed, tables.n_missing, tables.results, stopped, tuple(notes)
-    )
+        plan.name, tables.counts, schedule.n_computed, tables.n_missing, tables.results, stopped, tuple(notes),
+        schedule.n_left(),
+    )  # fmt: skip
 
 
 def assembled(folder: Path, store: Store) -> results.Tables:
@@ -111,10 +134,17 @@ def assembled(folder: Path, store: Store) -> results.Tables:
 
 
 def _pending(cells: Sequence[PlannedCell], store: Store, retry: frozenset[str], keep: str) -> list[PlannedCell]:
-    """Cells without a record or without what `keep` asks for, and those to retry that are not done."""
-    states = store.done_and_kept((cell.fingerprint for cell in cells), keep)
-    again = {key for key in retry if states.get(key) not in (None, "done")}
-    return [cell for cell in cells if cell.fingerprint not in states or cell.fingerprint in again]
+    """Cells without a record or without what `keep` asks for, those to retry that are not done, and those that failed
+    for no fault of theirs: preempted, or without a bank.
+    """
+    keys = [cell.fingerprint for cell in cells]
+    has, states = store.done_and_kept(keys, keep), store.states(keys)
+    again = {key for key, state in states.items() if state.status != "done" and (key in retry or _is_blameless(state))}
+    return [cell for cell in cells if cell.fingerprint not in has or cell.fingerprint in again]
+
+
+def _is_blameless(state: State) -> bool:
+    return state.cause == "preempted" or (state.reason or "").startswith(BANK)
 
 
 def _digests(plugins: Iterable[str]) -> dict[str, str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-FILES = {  # cgroup version -> limit, use, and the part of the use that can be given back
-    2: ("memory.max", "memory.current", "inactive_file"),
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+FILES = {  # cgroup version -> limit, use, and what of the use is cached files, which the kernel takes back at need
+    2: ("memory.max", "memory.current", ("active_file", "inactive_file")),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),
 }
 
 
@@ -56,10 +56,10 @@ def _groups() -> Iterator[Memory]:
 
 
 def _group(folder: Path, version: int) -> Memory | None:
-    limit, use, inactive = FILES[version]
+    limit, use, cached = FILES[version]
     with contextlib.suppress(ValueError):  # "max": no limit; "": no such file
-        total = int(_text(folder / limit))
-        return Memory(total - int(_text(folder / use)) + _fields(folder / "memory.stat").get(inactive, 0), total)
+        total, stat = int(_text(folder / limit)), _fields(folder / "memory.stat")
+        return Memory(total - int(_text(folder / use)) + sum(stat.get(name, 0) for name in cached), total)
     return None
 
 

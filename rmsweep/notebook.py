@@ -136,7 +136,7 @@ def sweep(
     from rmsweep import execute, results
     from rmsweep.engines.local import Local
     from rmsweep.grid import check_name, derived_name, describe
-    from rmsweep.plan import make
+    from rmsweep.planner import make
 
     axes = {key: _values(key, values) for key, values in axes.items()}
     taken = Presets([Path(folder) for folder in config_dirs]).options("reward_model")

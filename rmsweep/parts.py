@@ -101,7 +101,9 @@ class Files:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise Damaged(f"cannot be read ({error.strerror})") from None
+            if error.errno in atomic.NO_FILE:
+                raise Damaged(f"cannot be read ({error.strerror})") from None
+            raise atomic.unreadable(self.folder / name, error) from error
         if sha(data) != name.partition("-")[2].partition(".")[0]:
             raise Damaged("its bytes are not those of its name")
         return data

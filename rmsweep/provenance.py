@@ -24,7 +24,18 @@ ROOTS = {
     "generate": ("rmsweep.bank:Bank", "rmsweep.datasets:Dataset"),
     "annotate": ("rmsweep.stages.annotate:annotate", "rmsweep.rng:streams"),
     "train": ("rmsweep.stages.train:train", "rmsweep.rng:streams"),
-    "evaluate": ("rmsweep.stages.evaluate:evaluate", "rmsweep.pipeline:run_cell!", "rmsweep.pipeline:_evaluated!"),
+    "evaluate": (
+        "rmsweep.stages.evaluate:evaluate",
+        "rmsweep.pipeline:run_cell!",
+        "rmsweep.pipeline:_evaluated!",
+        "rmsweep.runner:run_cell!",
+        "rmsweep.runner:one_thread!",
+        "rmsweep.store:table_of!",
+        "rmsweep.store:_plain!",
+        "rmsweep.cell:build_cell!",
+        "rmsweep.cell:_number!",
+        "rmsweep.cell:_sized!",
+    ),  # fmt: skip  what every number passes through on its way in and out belongs to the last stage
 }
 GROUPS = {
     "generate": ("dataset", "base_llm", "embedder"),

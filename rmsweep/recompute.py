@@ -24,7 +24,8 @@ from rmsweep.cell import PlannedCell, bank_config, bank_id, build_cell
 from rmsweep.engines.local import Local
 from rmsweep.errors import ConfigError, DataError
 from rmsweep.fingerprint import canonical_json, file_sha256
-from rmsweep.plan import Plan, bank_bytes
+from rmsweep.plan import Plan
+from rmsweep.planner import as_of_today, bank_bytes
 from rmsweep.rng import stream
 from rmsweep.store import Store
 from rmsweep.verify import Problem, Report
@@ -62,7 +63,8 @@ def recompute(
     store = Store(root)
     for plan in report.plans.values():
         _check_pins(plan, set(plugins))
-    for chosen in sample(report.plans, store, n, seed):
+    for drawn in sample(report.plans, store, n, seed):
+        chosen = _of_today(drawn, report)
         lost = _lost_banks(chosen.cells, store, report)
         report.notes += [
             f"cell {c.cell_id} cannot be computed again: bank {c.bank_id} is gone or damaged, {lost[c.bank_id]}"
@@ -80,6 +82,19 @@ def _check_pins(plan: Plan, plugins: set[str]) -> None:
     if missing := sorted(set(plan.plugins) - plugins):
         words = " ".join(f"--plugin {path}" for path in missing)
         raise ConfigError(f"sweep {plan.name} was planned with plug-ins; if you trust these files, add {words}")
+
+
+def _of_today(drawn: Chosen, report: Report) -> Chosen:
+    """Without the cells that today's versions would compute under another key: they are old, not wrong."""
+    today = as_of_today(drawn.plan, {cell.fingerprint for cell in drawn.cells})
+    cells = {old.fingerprint: new for old, new in zip(drawn.plan.cells, today.cells, strict=True)}
+    same = [cells[c.fingerprint] for c in drawn.cells if cells[c.fingerprint].fingerprint == c.fingerprint]
+    if old := len(drawn.cells) - len(same):
+        report.notes.append(
+            f"{old} drawn cells of sweep {drawn.plan.name} are not computed again: they were planned with other "
+            "versions or defaults of rmsweep; `rmsweep run` computes them anew"
+        )
+    return drawn._replace(cells=same)
 
 
 def sample(plans: Mapping[Path, Plan], store: Store, n: int, seed: int) -> list[Chosen]:

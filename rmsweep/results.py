@@ -89,7 +89,7 @@ def damage(path: Path) -> str | None:
     """What is wrong with a table according to the tables.json beside it; None where it is sound or nothing is known."""
     for _ in range(SEAL_TRIES):  # a driver may write both while we read
         try:
-            known = unsealed(atomic.read(path.parent / SEAL))
+            known = unsealed(atomic.read(path.parent / SEAL), old=True)
             sums = [known["files"].get(path.stem), known.get("previous", {}).get(path.stem)]
         except FileNotFoundError:
             return None

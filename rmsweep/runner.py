@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 
 from rmsweep import causes, hardware, plugins, provenance
 from rmsweep.causes import Cause
+from rmsweep.cell import build_cell
 from rmsweep.errors import ConfigError, DataError, DesignError, Diverged, StoreError
 from rmsweep.fingerprint import file_sha256
 from rmsweep.reward_models import Compute
 from rmsweep.schemas import RECORD
 from rmsweep.store import Store, table_of
 from rmsweep.text import printable
+from rmsweep.versions import STAGES
 
 PIPELINE = "rmsweep.runner:pipeline"
 FLUSH_SECONDS = 60.0
@@ -85,12 +87,16 @@ class Job(NamedTuple):
 
 
 class BankTask(NamedTuple):
-    """A bank to build out of any of its cells' configs; inputs: sha256 of every file it is made from, by name."""
+    """A bank to build out of any of its cells' configs; inputs: sha256 of every file it is made from, by name.
+
+    code: as in schemas.COSTS.
+    """
 
     job: Job
     bank_id: str
     config: dict[str, Any]
     inputs: dict[str, str] = {}  # noqa: RUF012  never changed
+    code: str | None = None
 
 
 class CellTask(NamedTuple):
@@ -106,12 +112,13 @@ class CellTask(NamedTuple):
 
 
 class UnitTask(NamedTuple):
-    """A unit to run."""
+    """A unit to run. last_try: a lack of memory is final; otherwise it is reported but not recorded."""
 
     job: Job
     unit_id: str
     bank_id: str
     cells: tuple[CellTask, ...]
+    last_try: bool = False
 
 
 class Reply(NamedTuple):
@@ -128,8 +135,6 @@ class _Pipeline:
     """The real thing; imports torch only when used."""
 
     def build(self, config: Mapping[str, Any], folder: Path, inputs: Mapping[str, str]) -> None:
-        from rmsweep.cell import build_cell
-
         spec = build_cell(config)
         spec.dataset.generate(spec.base_llm, spec.size, spec.embedder, folder)
         files = spec.dataset.inputs(spec.base_llm, spec.embedder)
@@ -144,7 +149,6 @@ class _Pipeline:
         return Bank.read(folder)
 
     def run(self, config: Mapping[str, Any], bank: Any, compute: Compute, cache: dict[Any, Any], keep: str) -> Any:
-        from rmsweep.cell import build_cell
         from rmsweep.pipeline import run_cell
 
         return run_cell(build_cell(config), bank, compute, cache, keep)
@@ -152,7 +156,6 @@ class _Pipeline:
     def run_cells(
         self, configs: Sequence[Mapping[str, Any]], bank: Any, compute: Compute, cache: dict[Any, Any], keep: str
     ) -> Iterator[tuple[int, Callable[[], Any]]]:
-        from rmsweep.cell import build_cell
         from rmsweep.pipeline import run_cells
 
         return run_cells([build_cell(config) for config in configs], bank, compute, cache, keep)
@@ -172,6 +175,7 @@ def build_bank(task: BankTask, channel: Channel) -> Reply:
     log = Log(task.job.logs / f"bank-{task.bank_id}.log")
     try:
         _check_job(task.job)
+        _check_code(task.job, [(task.code, task.config)], ("generate",))
         start = time.perf_counter()
         with one_thread():
             store.build_bank(task.bank_id, lambda folder: work.build(task.config, folder, task.inputs))
@@ -192,6 +196,7 @@ def run_unit(task: UnitTask, channel: Channel) -> Reply:
     log = Log(task.job.logs / f"{task.unit_id}.log")
     try:
         _check_job(task.job)
+        _check_code(task.job, {cell.code: (cell.code, cell.config) for cell in task.cells}.values())
         opened = _open_bank(task.job, task.bank_id)
         if opened is None:
             return Reply("no_bank", notes=_notes(store))
@@ -201,7 +206,8 @@ def run_unit(task: UnitTask, channel: Channel) -> Reply:
                 channel.check()
                 channel.send(("start", cell.fingerprint))
                 finished = run_cell(task, cell, run)
-                part.add(finished)
+                if finished.record["cause"] != "oom" or task.last_try:
+                    part.add(finished)
                 log.cell(cell, finished)
                 record, trace = finished.record, finished.cost["traceback"]
                 channel.send(("cell", cell.fingerprint, record["status"], record["cause"], trace))
@@ -279,6 +285,7 @@ def _record(cell: CellTask, status: str, reason: str | None, cause: Cause | None
         "status": status,
         "reason": reason,
         "cause": cause,
+        "attempt": None if status == "done" else cell.attempt,  # equal numbers are equal records
     }
 
 
@@ -436,6 +443,24 @@ def _check_job(job: Job) -> None:
             raise _Refused(str(error)) from error
         if not same:
             raise _Refused(f"--plugin {path} has changed since this run began; start the run again")
+
+
+def _check_code(
+    job: Job, planned: Iterable[tuple[str | None, Mapping[str, Any]]], stages: Sequence[str] = tuple(STAGES)
+) -> None:
+    """Refuse where the code on disk is not that of the plan: a worker that starts later would import it.
+
+    planned: column `code` and config of cells.
+    """
+    for code, config in planned:
+        if code is None or job.work != PIPELINE:
+            continue
+        now, then = provenance.code_of(build_cell(config)), json.loads(code)
+        if changed := [stage for stage in stages if now[stage] != then[stage]]:
+            raise _Refused(
+                f"rmsweep's code of {', '.join(changed)} has changed since this run began; start the run again, which "
+                "plans it anew"
+            )
 
 
 _LAST: dict[tuple[Path, str, str], _Opened] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -28,10 +29,11 @@ from rmsweep.store import Store
 from rmsweep.units import Unit
 
 MAX_DEATHS: dict[Cause, int] = {"oom": 2, "timeout": 2, "bug": 2, "preempted": 5}  # with the same cell in flight
-MAX_IDLE_DEATHS = 5  # of workers, with the same unit or bank but no cell in flight
+MAX_IDLE_DEATHS: dict[Cause, int] = {**MAX_DEATHS, "bug": 5}  # with the same bank, or unit before a cell began
 MAX_BANK_BUILDS = 3
-MAX_SAME_TRACEBACK = 20  # without a single cell done: the fault is not the cells'
+MAX_SAME_FAILURES = 20  # without a single cell done: the fault is not the cells'
 HELD_POLL = 2.0  # seconds
+BANK = "bank: "  # so begins the reason of cells whose bank could not be built
 
 
 class Limits(NamedTuple):
@@ -71,12 +73,17 @@ class Schedule:
         self._deaths: Counter[str] = Counter()
         self._together: Counter[str] = Counter()  # fingerprint -> deaths of workers that had it in their unit
         self._same: Counter[str] = Counter()
-        keys = [cell.fingerprint for unit in todo for cell in unit.cells]
+        self._todo = [cell for unit in todo for cell in unit.cells]
+        keys = _keys(self._todo)
         self._attempts, self._retried = Counter(store.attempts(keys)), set(store.done(keys))
         self._n, self._given_up = 0, False
         self._looked, self._n_kills = time.monotonic(), memory.n_kills()
         for unit in todo:
             self._submit(unit)
+
+    def n_left(self) -> int:
+        """How many cells have not been computed, by this run or another one."""
+        return len(self._not_stored(self._todo))
 
     # -- tasks out -----------------------------------------------------------------------------------------
 
@@ -88,14 +95,16 @@ class Schedule:
         while self._ready:
             if (task := self._claimed(heapq.heappop(self._ready)[2])) is not None:
                 return task
-        if self._last and not self._running:
-            self._had_all.add(self._last[0].fingerprint)
-            return self._claimed(units.unit_of([self._last.pop(0)]))
+        while self._last and not self._running:
+            cell = self._last.pop(0)
+            self._had_all.add(cell.fingerprint)
+            if (task := self._claimed(units.unit_of([cell]))) is not None:
+                return task
         return None
 
     def waiting(self) -> bool:
         """Whether another run holds what this one wants."""
-        return bool(self._held) and not self._given_up
+        return bool(self._held or self._last) and not self._given_up
 
     def _look_again(self) -> None:
         """Now and then, see what has become of what another run holds."""
@@ -175,13 +184,13 @@ class Schedule:
     def _bank_task(self, bank_id: str) -> Task:
         cell = self._waiting[bank_id][0].cells[0]
         inputs = json.loads(cell.identity["bank"])["inputs"] if cell.identity else {}
-        payload = BankTask(self.job, bank_id, cell.config, inputs)
+        payload = BankTask(self.job, bank_id, cell.config, inputs, cell.code)
         return Task(f"bank-{bank_id}", "rmsweep.runner:build_bank", payload, self.limits.bank)
 
     def _unit_task(self, unit: Unit) -> Task:
         cells = tuple(self._cell_task(cell) for cell in unit.cells)
-        payload = UnitTask(self.job, unit.unit_id, unit.bank_id, cells)
         alone = self._had_all.issuperset(_keys(unit.cells))
+        payload = UnitTask(self.job, unit.unit_id, unit.bank_id, cells, alone)
         return Task(unit.unit_id, "rmsweep.runner:run_unit", payload, self.limits.cell, alone)
 
     def _cell_task(self, cell: PlannedCell) -> CellTask:
@@ -220,16 +229,17 @@ class Schedule:
         self._reported.setdefault(task_id, {})[fingerprint] = status
         self.bar.cell(status)
         if trace is not None:
-            self._count_traceback(trace)
+            self._count_failure(trace)
 
-    def _count_traceback(self, trace: str) -> None:
-        """Begin nothing new when everything fails the same way: the user would rather know now."""
-        self._same[trace] += 1
-        if self._same[trace] == MAX_SAME_TRACEBACK and not self.bar.counts["done"]:
+    def _count_failure(self, what: str) -> None:
+        """Begin nothing new when everything fails the same way: the user would rather know now. what: its traceback."""
+        key = _alike(what)
+        self._same[key] += 1
+        if self._same[key] == MAX_SAME_FAILURES and not self.bar.counts["done"]:
             self._given_up = True
             self.notes.append(
-                f"stopped early: the first {self._same[trace]} cells failed alike and none is done; "
-                f"logs are in {self.job.logs}\n{trace}"
+                f"stopped early: the first {self._same[key]} cells failed alike and none is done; "
+                f"logs are in {self.job.logs}\n{what}"
             )
 
     def _finished(self, task_id: str, item: Unit | str, reply: Reply) -> None:
@@ -268,20 +278,20 @@ class Schedule:
             for cell in left:
                 self._submit(units.unit_of([cell]))
             return
-        what = "bank: " if isinstance(item, str) else ""
+        what = BANK if isinstance(item, str) else ""
         self._fail(left, causes.of_error(name, text), f"{what}{name}: {text}", trace)
         if left:
-            self._count_traceback(trace)
+            self._count_failure(trace)
 
     def _died(self, task_id: str, item: Unit | str, death: Death) -> None:
         """Try again what is not stored."""
         cause = causes.of_death(*death, self._kernel_killed())
         how = causes.describe_death(*death)
         if isinstance(item, str):
-            if not self._is_hopeless(task_id, MAX_IDLE_DEATHS):
+            if not self._is_hopeless(task_id, MAX_IDLE_DEATHS[cause]):
                 self._push(self._place(item), item)
                 return
-            reason = f"bank: worker {how}, {MAX_IDLE_DEATHS} times{_guess(cause, death)}"
+            reason = f"{BANK}worker {how}, {MAX_IDLE_DEATHS[cause]} times{_guess(cause, death)}"
             self._fail(self._not_stored(self._concerned(item)), cause, reason, None)
             return
         short = self._short_of_memory(task_id, item)
@@ -293,8 +303,8 @@ class Schedule:
         rest = [cell for cell in left if cell.fingerprint != suspect]
         for cell in (cell for cell in left if cell.fingerprint == suspect):
             self._suspect(cell, cause, f"worker {how}", _guess(cause, death))
-        if suspect is None and self._is_hopeless(task_id, MAX_IDLE_DEATHS):
-            reason = f"worker {how}, {MAX_IDLE_DEATHS} times before a cell began{_guess(cause, death)}"
+        if suspect is None and self._is_hopeless(task_id, MAX_IDLE_DEATHS[cause]):
+            reason = f"worker {how}, {MAX_IDLE_DEATHS[cause]} times before a cell began{_guess(cause, death)}"
             self._fail(rest, cause, reason, None)
         elif rest:
             self._again(rest, cause)
@@ -304,6 +314,7 @@ class Schedule:
         limit = MAX_DEATHS[cause]
         if self._is_hopeless(cell.fingerprint, limit):
             self._fail([cell], cause, f"{how}, {limit} times with this cell{guess}", None)
+            self._count_failure(how)
         elif cause == "oom":
             self._at_the_end([cell])
         else:
@@ -369,6 +380,12 @@ class Schedule:
         self.store.publish_part(unit.unit_id, [d.record for d in done], [d.cost for d in done])
         for _ in cells:
             self.bar.cell("failed")
+
+
+def _alike(trace: str) -> str:
+    """A traceback without its message, which may name the cell: the places it went through, and the type."""
+    places = re.findall(r'File ".*", line \d+', trace)
+    return "\n".join([*places, trace.strip().rpartition("\n")[2].partition(":")[0]])
 
 
 def _keys(cells: Iterable[PlannedCell]) -> list[str]:

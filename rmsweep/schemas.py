@@ -98,6 +98,7 @@ def arrow(columns: tuple[Column, ...]) -> pa.Schema:
     return pa.schema([(c.name, c.type) for c in columns])
 
 
-RECORD = arrow(
-    (Column("fingerprint", S, ""), *STATUS, Column("n_annotations", I, ""), Column("beta", F, ""), *METRICS)
+MEASURED = (Column("n_annotations", I, ""), Column("beta", F, ""))
+RECORD = arrow(  # attempt: of one that is not done, so that the last one counts
+    (Column("fingerprint", S, ""), *STATUS, Column("attempt", I, ""), *MEASURED, *METRICS)
 ).append(pa.field("golden_picked", pa.list_(pa.float32())))

@@ -21,7 +21,19 @@ from rmsweep import component
 
 PACKAGE = Path(__file__).resolve().parent
 # Modules that check, build or identify: what they make of a config, or of a file, is in the identity by value
-PLUMBING = {f"rmsweep.{name}" for name in ("component", "errors", "fingerprint", "paths", "versions", "plugins")}
+PLUMBING = {
+    f"rmsweep.{name}"
+    for name in (
+        "component",
+        "errors",
+        "fingerprint",
+        "paths",
+        "versions",
+        "plugins",
+        "problems",
+        "text",
+    )
+}
 DIGITS = 16
 ALL, LOOSE = "*", ""  # as names in a module: all of it; its statements that define nothing
 UNWRITTEN = ("ctx", "kind", "type_comment")  # fields of nodes without meaning

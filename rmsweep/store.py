@@ -41,7 +41,7 @@ FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MANIFEST = "manifest.json"
 RANK = {"done": 0, "diverged": 1, "skipped": 2, "failed": 3}  # which of several records of one cell counts
 COSTS_SCHEMA = arrow(COSTS)
-RECORD_SMALL, COSTS_SMALL = ("fingerprint", "status", "reason", "cause"), ("fingerprint", "attempt")
+RECORD_SMALL, COSTS_SMALL = ("fingerprint", "status", "reason", "cause", "attempt"), ("fingerprint", "attempt")
 MANY_SMALL, MERGE_BELOW, MERGE_TO = 64, 30, 60  # more than so many parts of fewer rows than that become parts of these
 
 
@@ -51,6 +51,7 @@ class State(NamedTuple):
     status: str
     reason: str | None
     cause: str | None = None
+    attempt: int | None = None
 
 
 class Store:
@@ -78,7 +79,6 @@ class Store:
         """Make the folders and prove that they can be written; StoreError naming the path otherwise."""
         for name in FOLDERS:
             atomic.probe(self.folder / name)
-        atomic.fsync_folder(self.folder)
 
     @property
     def part_files(self) -> dict[str, Files]:
@@ -192,8 +192,8 @@ class Store:
     def records(self, fingerprints: Iterable[str], columns: Sequence[str] | None = None) -> pa.Table:
         """One record per cell that has any, sorted by fingerprint: a pure function of the records in the parts.
 
-        Of several records of a cell done goes before diverged, skipped and failed, then the smaller reason, then the
-        smaller digest of the record.
+        Of several records of a cell done goes before diverged, skipped and failed, then the last attempt, then the
+        smaller reason, then the smaller digest of the record.
         """
         names = None if columns is None else list(dict.fromkeys([*RECORD_SMALL, *columns]))
         return self.record_parts.table(set(fingerprints), names)
@@ -243,7 +243,7 @@ def bank_problem(folder: Path, bank_id: str, told: Callable[[int], object] = lam
     try:
         manifest = json.loads(atomic.read(folder / MANIFEST))
         files = manifest["files"]
-        if manifest["digest"] != _manifest_digest(bank_id, files):
+        if manifest != _manifest(bank_id, files):
             return f"{MANIFEST} is damaged or belongs to another bank"
         present = {entry.name for entry in folder.iterdir()} - {MANIFEST}
         if present != set(files):
@@ -255,7 +255,11 @@ def bank_problem(folder: Path, bank_id: str, told: Callable[[int], object] = lam
                 return f"{name} fails its checksum"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is absent"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        if error.errno in atomic.NO_FILE:
+            return f"cannot be read ({error})"
+        raise atomic.unreadable(folder, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"cannot be read ({error})"
     return reference_problem(folder)
 
@@ -279,16 +283,16 @@ def _write_manifest(folder: Path, bank_id: str) -> None:
             raise StoreError(f"{path}: a bank is a flat folder of plain files")
         size, sha = atomic.fsync_file(path)
         files[path.name] = {"size": size, "sha256": sha}
-    manifest = {"bank_id": bank_id, "digest": _manifest_digest(bank_id, files), "files": files}
-    atomic.replace(folder / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode(), "bank")
+    atomic.replace(folder / MANIFEST, json.dumps(_manifest(bank_id, files), indent=1, sort_keys=True).encode(), "bank")
 
 
-def _manifest_digest(bank_id: str, files: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json({"bank_id": bank_id, "files": files}).encode()).hexdigest()
+def _manifest(bank_id: str, files: Mapping[str, Any]) -> dict[str, Any]:
+    said = {"bank_id": bank_id, "files": files}
+    return {**said, "digest": hashlib.sha256(canonical_json(said).encode()).hexdigest()}
 
 
-def _record_order(status: str, reason: str | None, cause: str | None) -> tuple[Any, ...]:
-    return (RANK.get(status, len(RANK)), reason or "", cause or "")
+def _record_order(status: str, reason: str | None, cause: str | None, attempt: int | None) -> tuple[Any, ...]:
+    return (RANK.get(status, len(RANK)), -(attempt or 0), reason or "", cause or "")
 
 
 def _cost_order(attempt: int | None) -> tuple[Any, ...]:

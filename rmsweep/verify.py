@@ -118,7 +118,10 @@ def bar(total: int, title: str, unit: str, show: bool) -> Iterator[Told]:
 
 def _check_bank(store: Store, bank_id: str, report: Report, told: Told) -> None:
     folder = store.folder / "banks" / bank_id
-    problem = bank_problem(folder, bank_id, told)
+    try:
+        problem = bank_problem(folder, bank_id, told)
+    except StoreError as error:
+        problem = str(error)
     if problem and os.path.lexists(folder):  # a run may have set it aside meanwhile
         report.problems.append(Problem(str(folder), problem, HEALS["banks"]))
         report.damaged.add(bank_id)
@@ -135,7 +138,7 @@ def _check_parts(kind: str, files: Files, report: Report, told: Told) -> set[str
             found |= files.cells(name)
         except FileNotFoundError:
             continue  # merged into another one meanwhile
-        except Damaged as damaged:
+        except (Damaged, StoreError) as damaged:
             report.problems.append(Problem(str(path), str(damaged), HEALS[kind]))
             report.damaged.add(name)
         report.seen(path)

@@ -33,7 +33,8 @@ from rmsweep.cli import compose
 from rmsweep.cli.device import resolve_compute
 from rmsweep.cost_model import STAGES, CostModel, Observation
 from rmsweep.engines.local import Local
-from rmsweep.plan import Plan, make, sweep_folder
+from rmsweep.plan import Plan, sweep_folder
+from rmsweep.planner import make
 from rmsweep.presets import Presets
 from rmsweep.rng import stream
 from rmsweep.runner import one_thread, pipeline, warm

@@ -270,7 +270,7 @@ def full_plan(n_cells: int) -> Any:
     from dataclasses import replace
 
     from rmsweep.grid import describe
-    from rmsweep.plan import make
+    from rmsweep.planner import make
     from rmsweep.presets import Presets
 
     presets = Presets()

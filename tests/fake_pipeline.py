@@ -21,7 +21,7 @@ from rmsweep import execute
 from rmsweep.engines.local import Local
 from rmsweep.errors import DataError, DesignError, Diverged
 from rmsweep.grid import describe
-from rmsweep.plan import make
+from rmsweep.planner import make
 from rmsweep.presets import Presets
 from rmsweep.schemas import METRICS
 

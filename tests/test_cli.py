@@ -1,8 +1,14 @@
 """The command line: verbs, exit codes, tables, completion; execution itself is replaced by a fake."""
 
+import contextlib
+import errno
+import os
+import signal
 import subprocess
 import sys
+import time
 import types
+import weakref
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,12 +17,13 @@ from conftest import PRESETS
 
 import rmsweep
 from rmsweep import plugins, results
+from rmsweep.causes import CAUSES
 from rmsweep.cli import main, render
 from rmsweep.cli.complete import candidates, script
 from rmsweep.component import build, identity
 from rmsweep.errors import ConfigError, StoreError
 from rmsweep.grid import describe
-from rmsweep.plan import make
+from rmsweep.planner import make
 from rmsweep.store import Store
 
 
@@ -164,6 +171,154 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch):
         main(["plan"])
 
 
+# -- Ctrl-C, full disks, few descriptors -------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """Run one function as the verb of the process's own command line."""
+
+    def call(act):
+        monkeypatch.setattr("rmsweep.cli.verbs.VERBS", {"gc": lambda args: act()})
+        monkeypatch.setattr(sys, "argv", ["rmsweep", "gc"])
+        return main()
+
+    yield call
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def press():
+    signal.raise_signal(signal.SIGINT)
+
+
+def swallow():
+    with contextlib.suppress(BaseException):
+        press()
+    return 0
+
+
+def press_during_an_import():
+    try:
+        press()
+    except BaseException:
+        raise ImportError("a module that failed in its own way") from None
+
+
+def press_in_a_callback():
+    """As weak references of the import system do: what is raised there goes nowhere."""
+    reference = weakref.ref(type("Gone", (), {})(), lambda _: press())
+    assert reference() is None
+    time.sleep(5)
+
+
+@pytest.mark.parametrize("act", [press, swallow, press_during_an_import, press_in_a_callback])
+def test_ctrl_c_is_never_lost(own, capsys, act):
+    """Catches one that foreign code swallowed or took for an error of its own, and its traceback."""
+    began = time.monotonic()
+    assert own(act) == 130 and time.monotonic() - began < 4
+    captured = capsys.readouterr()
+    assert captured.err == "rmsweep: interrupted; the same command again continues\n"
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "a second one must end the process without a word"
+
+
+def test_ctrl_c_is_as_before_afterwards(own):
+    """Catches a handler that stays, one that is put in where SIGINT is ignored, and a note kept for the next call."""
+    assert own(lambda: 0) == 0 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert own(swallow) == 130 and main(["--help"]) == 0
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert own(swallow) == 0 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_ctrl_c_of_a_caller(monkeypatch, capsys):
+    """`main` with words of its own takes no signal, and still knows an interruption that came as another error."""
+    monkeypatch.setattr("rmsweep.cli.verbs.VERBS", {"gc": lambda args: press_during_an_import()})
+    assert main(["gc"]) == 130 and "interrupted" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("verb", "last"), [("run", "rmsweep.cli.verbs._disk"), ("retry", "rmsweep.cli.verbs._to_retry")]
+)
+def test_nothing_is_computed_after_ctrl_c(verb, last, tmp_path, monkeypatch, capsys):
+    """Catches a sweep that runs to its end although Ctrl-C was pressed while it was planned."""
+    calls, plan = fake_execution(monkeypatch), stored_sweep(tmp_path)
+    given = {"run": ["size=tiny", "seed=0"], "retry": ["x"]}[verb]
+    answer = {"run": (0, 1), "retry": frozenset({plan.cells[1].fingerprint})}[verb]
+    monkeypatch.setattr(sys, "argv", ["rmsweep", verb, *given, f"root={tmp_path}"])
+    monkeypatch.setattr(last, lambda *args: (swallow(), answer)[1])
+    try:
+        assert main() == 130 and calls == [], capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_ctrl_c_at_any_moment(tmp_path):
+    """Imports, planning, the start of workers: catches a traceback, and an exit code that says done or bad input."""
+    words = ["run", "size=tiny", "reward_model=bt_linear", "seed=range(100)", "sweep.name=s", f"root={tmp_path}"]
+    code = (
+        "import sys; from rmsweep import cli; act = cli._guarded; "
+        "cli._guarded = lambda words: (print('go', file=sys.__stdout__, flush=True), act(words))[1]; "
+        "sys.exit(cli.main())"
+    )
+    for seconds in (0.0, 0.05, 0.15, 0.3, 0.45, 0.7, 1.1):
+        command = [sys.executable, "-c", code, *words]
+        process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True)
+        assert process.stdout.readline() == "go\n"
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in err and "interrupted" in err, (seconds, err)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("words", [["--help"], ["status"], ["results", "--csv"], ["plan", "size=tiny"]])
+def test_standard_output_is_full(words, tmp_path):
+    """Catches a traceback, there or when Python flushes at its end (exit code 120), and exit code 0."""
+    plan = stored_sweep(tmp_path)
+    results.assemble(plan.cells, Store(tmp_path), tmp_path / "sweeps" / "x")
+    words = words if words == ["--help"] else [*words, f"root={tmp_path}"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "rmsweep", *words], stdout=full, stderr=-1, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr == "rmsweep: standard output: No space left on device\n"
+
+
+def test_standard_streams_are_closed(tmp_path):
+    """`>&- <&- 2>&-`: catches a stream that is None, and a file of the store that becomes descriptor 1 or 2."""
+    words = f"run size=tiny reward_model=bt_linear sweep.name=s engine.workers=1 root={tmp_path}"
+    assert run_shell(f"{sys.executable} -m rmsweep {words} <&- >&- 2>&-").returncode == 0
+    assert pq.read_table(tmp_path / "sweeps" / "s" / "results.parquet")["status"].to_pylist() == ["done"]
+    assert run_shell(f"{sys.executable} -m rmsweep rnu >&-").stderr.startswith("rmsweep: unknown verb")
+    check = "from rmsweep.cli.terminal import escaped_output as e\nimport os\nwith e(): os._exit(os.dup(0))"
+    assert run_shell(f"{sys.executable} -c '{check}' <&- >&- 2>&-").returncode > 2
+
+
+def run_shell(command):
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+
+
+def test_trouble_of_the_environment_is_one_line(own, capsys):
+    """Too many open files, a full disk under foreign code; an error that may be a bug keeps its traceback."""
+    for number in (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EIO):
+
+        def fail(number=number):
+            raise OSError(number, os.strerror(number), "/some/file")
+
+        assert own(fail) == 3
+        err = capsys.readouterr().err
+        assert err.startswith(f"rmsweep: /some/file: {os.strerror(number)}") and err.count("\n") == 1
+        assert ("ulimit -n" in err) == (number == errno.EMFILE)
+    with pytest.raises(FileNotFoundError):
+        own(lambda: os.stat("/no/such/file"))
+
+
+def test_help_says_what_retry_takes(capsys):
+    """Catches causes that only a mistake brings to light, and exit codes that no help names."""
+    assert main(["retry", "--help"]) == 0 and main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--cause CAUSE[,CAUSE]" in text and all(f" {cause} " in text for cause in CAUSES)
+    assert "4 verify found a mismatch" in text and "129, 130, 143 interrupted" in text
+
+
 # -- tables ------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +371,7 @@ def fake_execution(monkeypatch, **summary):
             "n_computed": 1,
             "results": root / "r",
             "interrupted": None,
+            "n_left": 0,
         }
         return types.SimpleNamespace(**{**given, **summary})
 
@@ -230,7 +386,7 @@ def fake_execution(monkeypatch, **summary):
 @pytest.mark.parametrize(
     ("summary", "code"),
     [({}, 0), ({"counts": {"done": 1, "skipped": 1}}, 0), ({"counts": {"done": 1, "failed": 1}}, 2),
-     ({"counts": {"diverged": 1}}, 2)],
+     ({"counts": {"diverged": 1}}, 2), ({"n_left": 1}, 2), ({"n_left": 1, "interrupted": 15}, 143)],
 )  # fmt: skip
 def test_run_exit_codes(summary, code, tmp_path, monkeypatch, capsys):
     """Catches a failed cell behind exit 0, and a skipped one that fails a run."""

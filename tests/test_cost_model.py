@@ -10,7 +10,8 @@ from rmsweep import cost_model
 from rmsweep.cli import main, render
 from rmsweep.cost_model import CostModel, Observation, stages
 from rmsweep.grid import describe
-from rmsweep.plan import BankSize, make
+from rmsweep.plan import BankSize
+from rmsweep.planner import make
 from rmsweep.reward_models import Compute
 
 CPU = Compute("cpu", "fp32")

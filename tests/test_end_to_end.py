@@ -185,6 +185,46 @@ def test_a_diverging_cell_is_a_result_with_null_metrics(tmp_path):
     assert row["status"] == "diverged" and row["golden_improvement"] is None and row["bon_golden"] is None
 
 
+CHANGED = """
+import sys
+from rmsweep import provenance, versions
+from rmsweep.cli import main
+{change}
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def changed(change, *words):
+    """The command line of another version of rmsweep."""
+    command = [sys.executable, "-c", CHANGED.format(change=change), *words]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+
+
+def test_retry_after_a_version_was_raised(tmp_path):
+    """Catches results of new code under the key of old code: what failed is planned anew, not retried."""
+    words = [
+        "run",
+        "size=tiny",
+        "reward_model=bt_linear",
+        "sweep.name=s",
+        "engine.memory_gib=0.0001",
+        "engine.workers=1",
+    ]
+    assert rmsweep(*words, root=tmp_path, check=False).returncode == 2
+    told = changed("versions.STAGES['evaluate'] = 99", "retry", f"root={tmp_path}", "engine.workers=0")
+    assert told.returncode == 1 and "other versions or defaults" in told.stderr
+    assert rmsweep("retry", "engine.workers=0", root=tmp_path).returncode == 0
+
+
+def test_code_that_changes_under_a_run(tmp_path):
+    """Catches a worker that starts late, imports edited code and stores its numbers under the plan's key."""
+    change = "real = provenance.code_of\nprovenance.code_of = lambda spec: real(spec) | {'train': 'older'}"
+    words = ["run", "size=tiny", "reward_model=bt_linear", "sweep.name=s", f"root={tmp_path}", "engine.workers=1"]
+    told = changed(change, *words)  # the driver planned with other code than the worker finds
+    assert told.returncode == 1 and "code of train has changed" in told.stderr, told.stderr
+    assert rmsweep("run", *words[1:-2], root=tmp_path).returncode == 0
+
+
 @pytest.mark.slow
 def test_real_responses(shared, tmp_path):
     """AlpacaEval 2 outputs with a judge's scores: bt_linear ranks them, clearly better than length does (README)."""

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -166,6 +167,17 @@ def test_a_living_claim_stays(root):
         mine.take(["ab" * 12])
         gc(root, Clock(lambda: time.sleep(0.05)))
         assert (claims / ("ab" * 12)).is_symlink()
+
+
+def test_what_got_its_name_meanwhile_was_not_removed(root):
+    """A bank that its owner finished while it was watched, before it ended: catches a removal that was none."""
+    claims, bank = root / "store" / "claims", temporary(root / "store" / "banks", ELSEWHERE, "ab" * 12)
+    claims.mkdir(exist_ok=True)
+    (claims / f"{ELSEWHERE}.abc.beat").write_text("1")
+    bank.mkdir()
+    final = bank.with_name("ab" * 12)
+    found = gc(root, Clock(lambda: bank.exists() and bank.rename(final)))
+    assert collect.ORPHANS not in found.removed and collect.CLAIMS in found.removed and final.exists()
 
 
 def test_status_files(root, dead):
@@ -396,11 +408,12 @@ def test_beside_a_run_and_kills(tmp_path, script, monkeypatch):
 
 
 def test_help_and_completion_know_every_flag(root, capsys):
-    """Catches a flag of verify or gc that --help or the Tab key hides, and a sweep's name that Tab does not offer."""
-    for verb in ("verify", "gc"):
+    """Catches a flag that --help or the Tab key hides, and a sweep's name that Tab does not offer."""
+    for verb, given in FLAGS.items():
         assert main([verb, "--help"]) == 0
-        text = capsys.readouterr().out
-        assert set(FLAGS[verb]) <= set(candidates([verb, "--"])) and all(flag in text for flag in FLAGS[verb])
+        text, flags = capsys.readouterr().out, {flag.split()[-1] for flag in given}
+        assert flags - {"--multirun"} <= {*candidates([verb, "--"])}, verb
+        assert all(re.search(rf"{flag}\b", text) for flag in flags), verb
     assert candidates(["verify", f"root={root}", ""]) == ["s", "root="] and candidates(["gc", ""]) == ["root="]
 
 

@@ -23,6 +23,7 @@ from rmsweep.bank import Bank, open_npy
 from rmsweep.cli import main
 from rmsweep.cli.terminal import Escaped, spreadsheet_safe
 from rmsweep.errors import ConfigError, DataError
+from rmsweep.fingerprint import sealed, unsealed
 from rmsweep.paths import user_path
 from rmsweep.text import printable
 
@@ -412,9 +413,9 @@ def test_a_plan_names_no_code(tmp_path, capsys):
     root = f"root={tmp_path / 'root'}"
     assert main(["run", *CELL, "sweep.name=s", root]) == 0
     path = tmp_path / "root" / "sweeps" / "s" / "plan.json"
-    state = {k: v for k, v in json.loads(path.read_text()).items() if k != "digest"}  # a stranger needs none
+    state = unsealed(path.read_bytes())
     state["plugins"] = {str(plugin): hashlib.sha256(plugin.read_bytes()).hexdigest()}
-    path.write_text(json.dumps(state))
+    path.write_bytes(sealed(state))  # its digest is no secret
     assert main(["retry", "s", root]) == 1
     assert f"--plugin {plugin}" in capsys.readouterr().err and not (tmp_path / "ran").exists()
     assert main(["retry", "s", root, "--plugin", str(plugin)]) == 0 and (tmp_path / "ran").exists()
@@ -432,7 +433,7 @@ def test_a_plan_that_was_tampered_with(tmp_path, capsys, change):
     root = f"root={tmp_path / 'root'}"
     assert main(["run", *CELL, "sweep.name=s", root]) == 0
     path = tmp_path / "root" / "sweeps" / "s" / "plan.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "digest": None, **change}))
+    path.write_bytes(sealed({**unsealed(path.read_bytes()), **change}))
     before = sorted(tmp_path.rglob("*"))
     for verb in ("status", "retry"):
         assert main([verb, "s", root]) == 3

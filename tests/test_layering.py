@@ -27,7 +27,7 @@ LAYERS = [  # a module may import from its own layer (see SIDEWAYS) and from tho
     {"reward_models"},
     {"cell", "engines"},
     {"stages", "grid"},
-    {"pipeline", "plan", "units"},
+    {"pipeline", "plan", "planner", "units"},
     {"runner", "results", "progress"},
     {"schedule"},
     {"status", "execute", "cost_model", "verify", "recompute", "collect", "why"},

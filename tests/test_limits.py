@@ -8,6 +8,7 @@ import pytest
 from fake_pipeline import fake_plan, fake_run
 
 from rmsweep import causes, memory, schedule
+from rmsweep.engines import Stop, local
 from rmsweep.engines.local import Local
 from rmsweep.store import Store
 
@@ -46,7 +47,6 @@ def test_a_slow_unit_of_quick_cells_is_not_hung(tmp_path, monkeypatch):
 def test_a_hung_bank_is_ended(tmp_path, monkeypatch):
     """Catches a sweep that waits for ever for its first bank."""
     fault(monkeypatch, bank="hang")
-    monkeypatch.setattr("rmsweep.schedule.MAX_IDLE_DEATHS", 2)
     summary = fake_run(fake_plan(2), tmp_path, engine=Local(workers=1, bank_minutes=1 / 60))
     assert summary.counts["failed"] == 2 and {row["cause"] for row in rows(tmp_path).values()} == {"timeout"}
 
@@ -139,8 +139,102 @@ def test_a_unit_that_fails_as_a_whole(tmp_path, monkeypatch, times, failed):
     assert all("no such bank" in row["reason"] for row in rows(tmp_path).values() if row["status"] == "failed")
 
 
+def test_an_interrupted_lack_of_memory_is_no_failure(tmp_path, monkeypatch, ledger):
+    """Catches a provisional record: the second try was due, Ctrl-C came first, and the same command has to give it."""
+    fault(monkeypatch, s1="short_once")
+    finished = schedule.Schedule._finished
+
+    def interrupted(self, *rest):
+        finished(self, *rest)
+        if self._last:
+            raise Stop(2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(schedule.Schedule, "_finished", interrupted)
+        stopped = fake_run(fake_plan(4), tmp_path)
+        assert stopped.counts["failed"] == 0 and stopped.n_left == stopped.n_missing == 4 - stopped.counts["done"]
+    assert fake_run(fake_plan(4), tmp_path).counts["done"] == 4
+
+
+def test_every_cell_at_the_end_has_its_turn(tmp_path, monkeypatch, ledger):
+    """Catches a queue that ends where one of its cells was done by somebody else meanwhile."""
+    fault(monkeypatch, **{f"s{i}": "short_once" for i in range(3)})
+    plan, at_the_end = fake_plan(3), schedule.Schedule._at_the_end
+
+    def meanwhile(self, cells):
+        at_the_end(self, cells)
+        if len(self._last) == 3:
+            self.store.publish_part("ab" * 12, *records_of(other, plan.cells[0].fingerprint))
+
+    fake_run(plan, tmp_path / "other")
+    other = Store(tmp_path / "other")
+    for path in (tmp_path / "ledger").glob("died-*"):
+        path.unlink()
+    monkeypatch.setattr(schedule.Schedule, "_at_the_end", meanwhile)
+    summary = fake_run(plan, tmp_path / "root")
+    assert summary.counts["done"] == 3 and summary.n_computed == 5 and summary.n_left == 0
+
+
+def records_of(store, key):
+    """Record and cost row of a cell, as publish_part takes them."""
+    return [
+        [r for r in table.to_pylist() if r["fingerprint"] == key]
+        for table in (store.records([key]), store.costs([key]))
+    ]
+
+
+@pytest.mark.parametrize("how", ["preempted", "bank"])
+def test_what_failed_for_no_fault_of_its_own_is_taken_up_again(tmp_path, monkeypatch, how):
+    """Catches cells that stay failed because of one bad moment of the machine or of their bank."""
+    fault(monkeypatch, **({"bank": "raise"} if how == "bank" else {"s1": "terminated"}))
+    assert fake_run(fake_plan(3), tmp_path, workers=1).counts["failed"] == (3 if how == "bank" else 1)
+    fault(monkeypatch, s0="raise")
+    assert fake_run(fake_plan(3), tmp_path, workers=1).counts["done"] == (2 if how == "bank" else 3)
+    fault(monkeypatch)
+    assert fake_run(fake_plan(3), tmp_path).n_computed == 0  # a bug stays until it is asked for
+
+
+def test_the_last_failure_counts(tmp_path, monkeypatch):
+    """Catches a table that shows the first failure after a retry failed otherwise."""
+    plan = fake_plan(2)
+    fault(monkeypatch, s0="raise")
+    fake_run(plan, tmp_path)
+    fault(monkeypatch, s0="data")
+    fake_run(plan, tmp_path, retry=frozenset(c.fingerprint for c in plan.cells))
+    assert rows(tmp_path)[0]["cause"] == "data" and rows(tmp_path, "costs")[plan.cells[0].cell_id]["attempt"] == 2
+
+
+@pytest.mark.parametrize(("how", "workers"), [("raise", 0), ("segfault", 1)])
+def test_failures_alike_stop_early_whatever_their_message(tmp_path, monkeypatch, how, workers):
+    """Catches 12,960 failures whose messages name the cell, or that kill their workers."""
+    monkeypatch.setattr(schedule, "MAX_SAME_FAILURES", 3)
+    monkeypatch.setattr("rmsweep.units.UNITS_PER_WORKER", 8)
+    fault(monkeypatch, **{f"s{i}": how for i in range(16)})
+    summary = fake_run(fake_plan(16), tmp_path, workers=workers)
+    assert summary.n_left > 0 and any("stopped early" in note for note in summary.notes)
+
+
+def test_many_small_workers_share_the_blame(monkeypatch):
+    """Catches a guard that waits for one large worker where many equal ones fill the machine."""
+
+    class Small:
+        def memory(self):
+            return 8 << 30
+
+    monkeypatch.setattr(memory, "available", lambda: memory.Memory(1 << 30, 512 << 30))
+    workers = [Small() for _ in range(62)]
+    assert local._too_large(workers) in workers and local._too_large(workers[:2]) is None
+
+
+def test_a_limit_below_what_a_worker_needs_to_start(tmp_path):
+    """Catches advice about __main__ for a limit that ends every worker before its first cell."""
+    summary = fake_run(fake_plan(1), tmp_path, engine=Local(workers=1, memory_gib=0.0001))
+    assert summary.counts["failed"] == 1 and "engine.memory_gib" in rows(tmp_path)[0]["reason"]
+
+
 def test_memory_of_control_groups(tmp_path, monkeypatch):
-    """Catches a container's or a job's limit that is not seen: its own group or one above, version 1 or 2."""
+    """Catches a container's or a job's limit that is not seen, in its own group or one above, version 1 or 2; and a
+    mapped bank of many GB, which the kernel can drop, counted as memory that is gone."""
     proc, groups = tmp_path / "proc", tmp_path / "cgroup"
     (proc / "self").mkdir(parents=True)
     (proc / "meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 900 kB\n")
@@ -152,7 +246,7 @@ def test_memory_of_control_groups(tmp_path, monkeypatch):
     assert memory.available() == (900 * 1024, 1000 * 1024)
     (groups / "job/memory.max").write_text("500000\n")
     (groups / "job/memory.current").write_text("300000\n")
-    (groups / "job/memory.stat").write_text("anon 1\ninactive_file 100000\n")
+    (groups / "job/memory.stat").write_text("anon 1\nactive_file 60000\ninactive_file 40000\n")
     assert memory.available() == (300000, 500000)
     (proc / "self/cgroup").write_text("4:memory:/a\n1:cpu:/\n")
     (groups / "memory/a").mkdir(parents=True)
@@ -165,8 +259,6 @@ def test_memory_of_control_groups(tmp_path, monkeypatch):
 
 def test_a_stopped_driver_blames_nobody(tmp_path, monkeypatch):
     """Ctrl-Z for longer than cell_minutes, then fg: catches cells timed out for the time that nobody ran."""
-    from rmsweep.engines import local
-
     fault(monkeypatch)
     monkeypatch.setenv("FAKE_SECONDS", "0.6")
     monkeypatch.setattr(local, "PAUSE", 0.5)

@@ -1,7 +1,6 @@
 """Planning: identities, skips, refusals, and the plan's files."""
 
 import dataclasses
-import json
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,8 +9,10 @@ from conftest import PRESETS
 from rmsweep import plan as planning
 from rmsweep.cell import bank_id, build_cell, cell_id, fingerprint
 from rmsweep.errors import ConfigError, DataError, DesignError, StoreError
+from rmsweep.fingerprint import sealed
 from rmsweep.grid import describe
-from rmsweep.plan import Plan, make
+from rmsweep.plan import Plan
+from rmsweep.planner import make
 from rmsweep.reward_models import Compute
 from rmsweep.schemas import AXES
 
@@ -211,8 +212,8 @@ def test_unreadable_plans(tmp_path):
     (tmp_path / "plan.parquet").write_bytes(damaged)
     with pytest.raises(StoreError, match="fails its checksum"):
         Plan.read(tmp_path)
-    (tmp_path / "plan.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(StoreError, match="format 99"):
+    (tmp_path / "plan.json").write_bytes(sealed({"format": 99}))
+    with pytest.raises(ConfigError, match="format 99"):
         Plan.read(tmp_path)
 
 

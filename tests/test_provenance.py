@@ -14,7 +14,7 @@ import pytest
 from conftest import PRESETS, cell_config, make_spec, random_bank
 from fake_pipeline import fake_plan, fake_run
 
-from rmsweep import cell, component, plan, provenance, source, versions
+from rmsweep import cell, component, plan, planner, provenance, source, versions
 from rmsweep.cell import KEY, build_cell, cell_parts
 from rmsweep.cli import compose
 from rmsweep.errors import ConfigError
@@ -82,7 +82,7 @@ def world(tmp_path, monkeypatch):
         given = ["dataset=folder", "base_llm=table", f"dataset.path='{path}'", "n_annotations=20"]
         keys = {word.partition("=")[0] for word in words}
         request = compose.read([*(w for w in given if w.partition("=")[0] not in keys), *words], presets)
-        (planned,) = plan.make(request.sweep, presets, compute=compute, **options).cells
+        (planned,) = planner.make(request.sweep, presets, compute=compute, **options).cells
         return planned
 
     plan_of.folder = tmp_path
@@ -191,7 +191,7 @@ def test_strict_libraries(monkeypatch):
 def test_what_a_plan_reuses_is_kept_and_replaced(tmp_path):
     """Catches a sweep whose second run falls back to stale results, or cannot go back; cells must not double."""
     sweep = describe({"name": "s", "set": {"size": "tiny"}, "axes": {"seed": [0, 1]}})
-    make = {reuse: plan.make(sweep, PRESETS, reuse=reuse) for reuse in provenance.REUSE}
+    make = {reuse: planner.make(sweep, PRESETS, reuse=reuse) for reuse in provenance.REUSE}
     keys = {reuse: [c.fingerprint for c in made.cells] for reuse, made in make.items()}
     for reuse in ("versions", "strict", "versions"):
         make[reuse].write(tmp_path)
@@ -199,18 +199,19 @@ def test_what_a_plan_reuses_is_kept_and_replaced(tmp_path):
         assert plan.pinned_reuse(tmp_path) == back.reuse == reuse
         assert [c.fingerprint for c in back.cells] == keys[reuse]
     with pytest.raises(ConfigError, match="reuse=all: allowed are versions, strict"):
-        plan.make(sweep, PRESETS, reuse="all")
+        planner.make(sweep, PRESETS, reuse="all")
 
 
 def test_a_plan_of_before_there_was_a_choice(tmp_path):
     """Catches plans of older versions that can no longer be read or lose their results."""
     import pyarrow.parquet as pq
 
-    made = plan.make(describe({"name": "s", "set": {"size": "tiny"}}), PRESETS)
+    made = planner.make(describe({"name": "s", "set": {"size": "tiny"}}), PRESETS)
     made.write(tmp_path)
     header = json.loads((tmp_path / "plan.json").read_text())
     for later in ("reuse", "table", "digest"):
         del header[later]
+    header["format"] = plan.OLD_FORMAT
     (tmp_path / "plan.json").write_text(json.dumps(header))
     table = pq.read_table(tmp_path / "plan.parquet")
     later = [name for name in table.column_names if name == "code" or name.startswith("identity.")]

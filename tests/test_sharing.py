@@ -11,8 +11,9 @@ import pytest
 from fake_pipeline import fake_plan, fake_run
 from torture import runners
 
-from rmsweep import atomic
+from rmsweep import atomic, results
 from rmsweep.claims import Claims, Lives
+from rmsweep.plan import Plan
 from rmsweep.store import Store
 
 KEYS = ["ab" * 12, "cd" * 12]
@@ -187,3 +188,18 @@ def test_sigkill_leaves_claims_that_the_next_run_takes(tmp_path):
     began = time.monotonic()
     assert fake_run(fake_plan(40), tmp_path).counts["done"] == 40 and time.monotonic() - began < 20
     assert Path(tmp_path / "store/claims").is_dir()
+
+
+@pytest.mark.parametrize("crash", ["plan:pre_tmp:1:stop", "plan:fsynced:2:stop", "seal:dirsynced:1:stop"])
+def test_two_grids_of_one_name(tmp_path, monkeypatch, crash):
+    """One driver sleeps while it writes plan or tables, the other does all its work: catches a grid that is lost from
+    the plan, and tables that do not fit their checksums."""
+    monkeypatch.setattr("rmsweep.claims.LEASE", 0.5)
+    sleeper = runners.start(tmp_path, n_cells=4, crash=crash)
+    runners.wait_until(lambda: runners.is_stopped(sleeper.pid))
+    bigger = fake_plan(3, betas=(0.5,))
+    assert fake_run(bigger, tmp_path).counts["done"] >= 3
+    os.kill(sleeper.pid, signal.SIGCONT)
+    assert sleeper.wait(60) == 0
+    assert len(Plan.read(tmp_path / "sweeps" / "s").cells) == 7
+    assert set(results.load(tmp_path)["status"]) == {"done"} and len(results.load(tmp_path)) == 7

@@ -361,3 +361,22 @@ def test_kept_arrays_of_a_part_replaced_while_reading(store, monkeypatch):
 
     monkeypatch.setattr(store._kept, "read", replacing)
     assert {name.partition("/")[0] for name in store._kept_names()} >= {key(1), key(2)} and done
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.ENOMEM, errno.EACCES, errno.ESTALE])
+def test_what_cannot_be_read_now_is_not_thrown_away(store, monkeypatch, code):
+    """Catches sound results in quarantine because descriptors, memory or a file server failed for a moment."""
+    store.publish_part(UNIT, [record(0)], [cost(0)])
+    monkeypatch.setattr(atomic, "STALE_WAITS", (0.0,))
+    fresh, real = Store(store.folder.parent, heal=True), os.open
+
+    def refuse(path, *rest, **options):
+        if str(path).endswith(".parquet"):
+            raise OSError(code, os.strerror(code))
+        return real(path, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)
+        with pytest.raises(StoreError, match="left as it is"):
+            fresh.states([key(0)])
+    assert fresh.states([key(0)])[key(0)].status == "done" and not fresh.corrupt

@@ -17,9 +17,11 @@ from rmsweep.atomic import temporary_name
 from rmsweep.cli import main
 from rmsweep.engines.local import Local
 from rmsweep.errors import ConfigError
+from rmsweep.fingerprint import sealed, unsealed
 from rmsweep.plan import Plan
 from rmsweep.schemas import RECORD
 from rmsweep.store import Store, parquet
+from rmsweep.versions import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +206,7 @@ def test_a_difference_names_what_was_another(root, monkeypatch):
     assert "the stored one" not in again(root, 1).problems[0].hint
     monkeypatch.setattr(recompute.provenance, "installed", lambda: {"python": "2.7", "torch": "0.1"})
     monkeypatch.setattr(recompute.platform, "node", lambda: "elsewhere")
-    monkeypatch.setattr(recompute.provenance, "code_of", lambda spec: {"train": "other"})
+    monkeypatch.setattr(recompute.provenance, "code_of", lambda spec: dict.fromkeys(STAGES, "other"))
     hint = again(root, 1).problems[0].hint
     assert "(here 0.1)" in hint and "this is elsewhere" in hint and "by other code" in hint
 
@@ -279,10 +281,8 @@ def test_no_plugin_is_imported_that_the_user_did_not_name(root, tmp_path):
     marker, plugin = tmp_path / "ran", tmp_path / "evil.py"
     plugin.write_text(f"open({str(marker)!r}, 'w')")
     for path in root.glob("sweeps/*/plan.json"):
-        header = json.loads(path.read_text())
         digest = hashlib.sha256(plugin.read_bytes()).hexdigest()
-        header.pop("digest")
-        path.write_text(json.dumps(header | {"plugins": {str(plugin): digest}}))
+        path.write_bytes(sealed(unsealed(path.read_bytes()) | {"plugins": {str(plugin): digest}}))
     with pytest.raises(ConfigError, match="--plugin"):
         again(root)
     assert main(["verify", "--sample", "1", f"root={root}"]) == 1

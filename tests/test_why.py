@@ -13,7 +13,7 @@ from rmsweep import provenance, versions, why
 from rmsweep.cli.verbs import call
 from rmsweep.errors import ConfigError, DataError
 from rmsweep.grid import describe
-from rmsweep.plan import make
+from rmsweep.planner import make
 from rmsweep.reward_models import Compute
 from rmsweep.store import Store
 

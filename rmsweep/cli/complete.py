@@ -42,7 +42,7 @@ FLAGS = {
     "plan": ("--cfg", "--config-dir", "--plugin", "--reuse", "--why", "--help"),
     "status": ("--json", "--help"),
     "results": ("--sql", "--csv", "--schema", "--help"),
-    "retry": ("--plugin", "--help"),
+    "retry": ("--cause", "--plugin", "--help"),
     "verify": ("--sample", "--seed", "--plugin", "--help"),
     "gc": ("--dry-run", "--unreferenced", "--quarantine", "--help"),
     "completion": ("--help",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from rmsweep.causes import CAUSES
 from rmsweep.presets import Presets
 
 VERBS = {
@@ -32,14 +33,15 @@ Controlled sweeps over preference-based reward models.
 
 The same command again continues where it stopped. Everything is written below root=DIR (default: outputs).
 `rmsweep VERB --help` says more. Exit codes: 0 all cells done or skipped, 1 bad input (nothing was run),
-2 some cells failed or diverged, 3 the store cannot be written, 4 verify found a mismatch, 130/143 interrupted."""
+2 some cells failed, diverged or are left, 3 the store cannot be written, 4 verify found a mismatch;
+129, 130, 143 interrupted: by a closed terminal, Ctrl-C, SIGTERM; the same command continues."""
 
 USAGE = {
     "run": "rmsweep run [KEY=VALUE ...] [--cfg] [--config-dir DIR] [--plugin FILE.py] [--reuse versions|strict]",
     "plan": "rmsweep plan [KEY=VALUE ...] [--why CELL] [and the options of run]",
     "status": "rmsweep status [SWEEP] [--json] [root=DIR]",
     "results": 'rmsweep results [SWEEP] [--sql "..."] [--csv] [--schema] [root=DIR]',
-    "retry": "rmsweep retry [SWEEP] [KEY=VALUE ...] [--plugin FILE.py] [root=DIR]   # KEY=VALUE: cells with this label",
+    "retry": "rmsweep retry [SWEEP] [KEY=VALUE ...] [--cause CAUSE[,CAUSE]] [--plugin FILE.py] [root=DIR]",
     "verify": "rmsweep verify [SWEEP] [--sample N] [--seed S] [--plugin FILE.py] [root=DIR]",
     "gc": "rmsweep gc [--dry-run] [--unreferenced] [--quarantine] [root=DIR]",
     "completion": 'rmsweep completion bash|zsh        # eval "$(rmsweep completion bash)"',
@@ -70,6 +72,21 @@ WHY = """\
 
 
 DETAILS = {
+    "status": """\
+Without SWEEP: the last one.
+  --json             everything, for a program""",
+    "results": """\
+Without SWEEP: the last one.
+  --sql QUERY        rows of a query (DuckDB) over the tables results, prompts and costs
+  --csv              comma-separated, lists as JSON
+  --schema           what the columns mean""",
+    "retry": f"""\
+Runs the failed cells again; the done ones stay. Without SWEEP: the last one.
+  KEY=VALUE          only cells with this label, such as reward_model=bt_mlp; engine.workers=2 and the like as for run
+  --cause CAUSE[,CAUSE]
+                     only cells that ended for one of these causes (without it all that failed, none that diverged):
+{chr(10).join(f"    {cause:16} {meaning}" for cause, meaning in CAUSES.items())}
+  --plugin FILE.py   a plug-in that the sweep was planned with; none is imported that is not given""",
     "verify": """\
 Checks every bank, part of results, costs and kept arrays against its checksum, and plan and tables of one sweep or of
 all. A table that newer records have overtaken is stale, not wrong. Exit code 4 where anything is wrong, 0 otherwise.

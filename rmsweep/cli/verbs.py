@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rmsweep.cli import help as texts
-from rmsweep.cli import upkeep
+from rmsweep.cli import interrupt, upkeep
 from rmsweep.errors import ConfigError, StoreError, unknown
 from rmsweep.paths import user_path
 from rmsweep.presets import Presets
@@ -61,6 +61,7 @@ def _run(args: argparse.Namespace) -> int:
         raise StoreError(
             f"{render.disk_text(needed, free)}; free some space, or take another root=DIR or a smaller size"
         )
+    interrupt.check()
     return _finish(plan, execute.run(plan, root, engine))
 
 
@@ -88,7 +89,7 @@ def _plan(args: argparse.Namespace) -> int:
 def _planned(args: argparse.Namespace, need_data: bool) -> tuple[Any, Any]:
     """Request and plan of `run` and `plan`; (None, None) after --cfg, which only prints."""
     from rmsweep import plan as planning
-    from rmsweep import plugins
+    from rmsweep import planner, plugins
     from rmsweep.cli import compose
     from rmsweep.cli.device import resolve_compute
 
@@ -98,10 +99,10 @@ def _planned(args: argparse.Namespace, need_data: bool) -> tuple[Any, Any]:
     if args.cfg:
         print(compose.first_cell_yaml(request), end="")
         return None, None
-    name = planning.sweep_name(request.sweep, args.plugin)
+    name = planner.sweep_name(request.sweep, args.plugin)
     folder = planning.sweep_folder(request.root, name)
     pinned = planning.pinned_compute(folder)
-    plan = planning.make(
+    plan = planner.make(
         request.sweep,
         request.presets,
         compute=resolve_compute(request.device, request.precision, pinned, here=need_data),
@@ -122,10 +123,10 @@ def _finish(plan: Any, summary: Any) -> int:
         ", ".join(f"{n:,} {state}" for state, n in summary.counts.items() if n) + f"; {summary.n_computed:,} computed"
     )
     print(f"results: {summary.results}")
-    if summary.interrupted and summary.n_missing:
+    if summary.interrupted and summary.n_left:
         print("interrupted; the same command again continues", file=sys.stderr)
         return 128 + int(summary.interrupted)
-    return 2 if summary.counts.get("failed") or summary.counts.get("diverged") else 0
+    return 2 if summary.counts.get("failed") or summary.counts.get("diverged") or summary.n_left else 0
 
 
 def _table(plan: Any, results: Path) -> str:
@@ -211,7 +212,24 @@ def _retry(args: argparse.Namespace) -> int:
     if not chosen:
         print(f"sweep {name}: no failed cell{' matches' if wanted or args.cause else ''}")
         return 0
+    plan = _as_of_today(plan, root)
+    interrupt.check()
     return _finish(plan, execute.run(plan, root, engine, retry=chosen))
+
+
+def _as_of_today(plan: Any, root: Path) -> Any:
+    """The plan with today's code; ConfigError where what is not done was planned with other versions or defaults."""
+    from rmsweep.planner import as_of_today
+
+    states = _states(root, plan)
+    todo = {c.fingerprint for c in plan.cells if c.reason is None and states.get(c.fingerprint) != "done"}
+    today = as_of_today(plan, todo)
+    if changed := [old.cell_id for old, new in zip(plan.cells, today.cells, strict=True) if old[:3] != new[:3]]:
+        raise ConfigError(
+            f"{len(changed):,} cells of sweep {plan.name}, such as {changed[0]}, were planned with other versions or "
+            "defaults of rmsweep than today's; the `rmsweep run` of this sweep plans and computes them anew"
+        )
+    return today
 
 
 def _to_retry(root: Path, plan: Any, wanted: Mapping[str, Sequence[Any]], of: Sequence[str] | None) -> frozenset[str]:

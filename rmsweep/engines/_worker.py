@@ -56,6 +56,11 @@ class Worker:
         self.task, self._heard = task, time.monotonic()
         return True
 
+    @property
+    def condemned(self) -> bool:
+        """Whether we are ending it."""
+        return self._why is not None
+
     def is_free(self) -> bool:
         """Whether it can be given a task."""
         return self.task is None and self._why is None

@@ -197,7 +197,7 @@ class _Pool:
 
     def _bury(self, worker: Worker) -> None:
         self.workers.remove(worker)
-        self.early_deaths += not worker.ready
+        self.early_deaths += not worker.ready and not worker.condemned
         if self.early_deaths >= MAX_EARLY_DEATHS and not self.stopping:
             raise RmsweepError(
                 f"{self.early_deaths} worker processes in a row died before their first task (exit code "
@@ -240,5 +240,5 @@ def _too_large(workers: Sequence[Worker]) -> Worker | None:
     now = memory.available()
     if now is None or now.left > LEFT_SHARE * now.total:
         return None
-    largest = max(workers, key=Worker.memory)
-    return largest if largest.memory() > LEFT_SHARE * now.total else None
+    held = {worker: worker.memory() for worker in workers}
+    return max(held, key=held.__getitem__) if sum(held.values()) > LEFT_SHARE * now.total else None

@@ -17,7 +17,6 @@ from typing import Any
 from unittest import mock
 
 from rmsweep.plan import Plan
-from rmsweep.store import Store
 from torture import scene
 
 CELL = "0.005"  # seconds
@@ -47,13 +46,10 @@ def run(
 
 
 def _end(root: Path, truth: scene.Truth, groups: list[int]) -> list[str]:
-    """Go on to the end; cells that lost their workers too often were recorded as failed and are tried again."""
+    """Go on to the end by the same command; cells that lost their workers too often are taken up by it again."""
     _await_orphans(groups)
     groups.clear()
     with mock.patch.dict(os.environ, FAKE_SECONDS="0"):
-        states = Store(root).done(truth.records)
-        if failed := frozenset(key for key, status in states.items() if status == "failed"):
-            scene.run(truth.plan, root, retry=failed)
         problems = scene.settle(root, truth)
     shutil.rmtree(root)
     return problems

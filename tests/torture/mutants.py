@@ -13,7 +13,7 @@ from unittest import mock
 
 import pyarrow.parquet as pq
 
-from rmsweep import atomic, crash, parts, plan, store
+from rmsweep import atomic, crash, parts, planner, store
 from torture import corruption, crash_points, power_loss, scene
 
 Mutant = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -102,12 +102,12 @@ def no_checksum_on_read() -> Any:
 
 def key_without_beta() -> Any:
     """The key of a cell does not see beta."""
-    real = plan.cell_parts
+    real = planner.cell_parts
 
     def cell_parts(spec: Any, *rest: Any) -> Any:
         return real(dataclasses.replace(spec, values=dataclasses.replace(spec.values, beta=1.0)), *rest[:-1])
 
-    return mock.patch.object(plan, "cell_parts", cell_parts)
+    return mock.patch.object(planner, "cell_parts", cell_parts)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,9 @@ if __name__ == "__main__":
 """
 
 
+MAX_TWICE = 0.01  # of the cells, where nothing is killed
+
+
 class Report(NamedTuple):
     """n_computed: cells computed by all runs together; twice: those above the number of cells."""
 
@@ -84,7 +87,14 @@ def share(root: Path, n_cells: int, n_runners: int, n_kills: int, seed: int) -> 
     violations += _differences(root / "many", root / "alone", n_cells)
     if len(computed) != n_cells:
         violations.append(f"{len(computed)} of {n_cells} cells were computed")
-    return Report(n_cells, sum(computed.values()), sum(computed.values()) - len(computed), kills, violations)
+    twice = sum(computed.values()) - len(computed)
+    violations += too_often(n_cells, twice, kills)
+    return Report(n_cells, sum(computed.values()), twice, kills, violations)
+
+
+def too_often(n_cells: int, twice: int, kills: int) -> list[str]:
+    """What is wrong with the number of cells that were computed twice; a killed run loses what it had in hand."""
+    return [f"{twice} of {n_cells} cells were computed twice"] if not kills and twice > MAX_TWICE * n_cells else []
 
 
 def _differences(root: Path, alone: Path, n_cells: int) -> list[str]:

@@ -177,7 +177,8 @@ def settle(root: Path, truth: Truth, *, damaged: bool = False) -> list[str]:
     """
     try:
         before = Store(root)
-        had = set(before.done_and_kept(fingerprints(truth.plan), truth.plan.keep))
+        found = before.done_and_kept(fingerprints(truth.plan), truth.plan.keep)
+        had = {key for key, status in found.items() if status == "done"}
         problems = list(truth.problems)
         if not damaged:
             problems += [f"left damaged: {text}" for text in before.corrupt]
@@ -198,7 +199,8 @@ def _ended(root: Path, truth: Truth, damaged: bool) -> list[str]:
     missing = set(truth.records) - set(store.done_and_kept(truth.records, truth.plan.keep))
     if missing:
         problems.append(f"{len(missing)} cells are not stored")
-    problems += [f"{name}.parquet differs" for name, data in tables(root).items() if data != truth.tables[name]]
+    odd = {key: state for key, state in store.states(truth.records).items() if state.status != "done"}
+    problems += [f"{name}.parquet differs: {odd}" for name, data in tables(root).items() if data != truth.tables[name]]
     store.costs(truth.records)
     problems += [f"still damaged: {text}" for text in store.corrupt]
     if not damaged and (found := quarantined(root)):
