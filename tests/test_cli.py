@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import os
 import signal
 import subprocess
@@ -211,7 +212,12 @@ def press_in_a_callback():
     time.sleep(5)
 
 
-@pytest.mark.parametrize("act", [press, swallow, press_during_an_import, press_in_a_callback])
+def swallow_and_go_on():
+    swallow()
+    time.sleep(5)
+
+
+@pytest.mark.parametrize("act", [press, swallow, swallow_and_go_on, press_during_an_import, press_in_a_callback])
 def test_ctrl_c_is_never_lost(own, capsys, act):
     """Catches one that foreign code swallowed or took for an error of its own, and its traceback."""
     began = time.monotonic()
@@ -219,6 +225,22 @@ def test_ctrl_c_is_never_lost(own, capsys, act):
     captured = capsys.readouterr()
     assert captured.err == "rmsweep: interrupted; the same command again continues\n"
     assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "a second one must end the process without a word"
+
+
+def test_ctrl_c_waits_for_the_end_of_an_import(own, tmp_path, monkeypatch):
+    """Catches an import that is cut: C++ code that is being loaded aborts the process then."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "cut_or_whole.py").write_text(
+        "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.1)\nopen(__file__ + '.whole', 'x')\n"
+    )
+
+    def act():
+        importlib.import_module("cut_or_whole")
+        time.sleep(5)
+
+    began = time.monotonic()
+    assert own(act) == 130 and (tmp_path / "cut_or_whole.py.whole").exists() and time.monotonic() - began < 4
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
 
 
 def test_ctrl_c_is_as_before_afterwards(own):

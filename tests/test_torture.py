@@ -21,7 +21,9 @@ STORE_CODE = (
     "collect", "verify", "recompute", "memory", "progress",
     *(f"engines/{path.stem}" for path in sorted((REPOSITORY / "rmsweep" / "engines").glob("*.py"))),
 )  # fmt: skip
-CLOCKS = r".*(?:time\.time(?:_ns)?\b|from time import|st_[mac]time|get[mac]time|clock_gettime|datetime).*"
+CLOCKS = (
+    r".*(?:time\.time(?:_ns)?\b|from time import|import time as|st_[mac]time|get[mac]time|clock_gettime|datetime).*"
+)
 SEED = 1
 
 

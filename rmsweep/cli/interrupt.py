@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-WAIT = 0.02  # seconds until we look again whether the import has ended
+WAIT, AGAIN = 0.02, 1.0  # seconds until we look again whether the import has ended, or raise again
 _came: list[int] = []  # signals noted
 
 
@@ -50,7 +50,8 @@ def check() -> None:
 
 def is_cause(error: BaseException) -> bool:
     """Whether `error` is Ctrl-C's doing: it came before, or stands in the chain of what led to the error."""
-    signal.setitimer(signal.ITIMER_REAL, 0)  # it need not come again
+    if _came:
+        signal.setitimer(signal.ITIMER_REAL, 0)  # it need not come again
     chain = [error]
     for one in chain:  # it grows
         chain += [e for e in (one.__cause__, one.__context__) if e is not None and all(e is not c for c in chain)]
@@ -70,6 +71,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
             signal.setitimer(signal.ITIMER_REAL, WAIT)
             return
         frame = frame.f_back
+    signal.setitimer(signal.ITIMER_REAL, AGAIN)  # unless it has led to the end by then
     raise KeyboardInterrupt
 
 

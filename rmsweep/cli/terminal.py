@@ -51,7 +51,7 @@ class Escaped:
         except OSError as error:
             if self.needs_reader and error.errno not in ENVIRONMENT:
                 raise
-            write_to_nobody(self._stream)  # also what Python would try to write once more at its end
+            write_to_nobody(self._stream)
             if self.needs_reader:
                 raise RmsweepError(f"{self._name}: {error.strerror}") from error
 
