@@ -354,7 +354,7 @@ def test_where_the_package_lies_does_not_matter(tree):
 def test_no_running_code_is_in_a_digest():
     """Catches results that hang on the store, the engines or the command line, which cannot change numbers."""
     code = Code()
-    roots = {r for roots in provenance.ROOTS.values() for r in roots if not r.endswith("!")}  # "!": that definition only
+    roots = {r for roots in provenance.ROOTS.values() for r in roots if not r.endswith("!")}
     for model in ("bt_mlp", "clf_lgb", "bt_linear", "surface", "clf_sklearn"):
         roots |= set(provenance.roots(make_spec(reward_model=model).reward_model))
     modules = {d.module.removeprefix("rmsweep.").partition(".")[0] for root in roots for d in code.closure(root)}
