@@ -218,10 +218,10 @@ def start(tmp_path, n=40, workers=2, seconds="0.2", ignore=None):
     )
     env = {**os.environ, "FAKE_SECONDS": seconds}
     command = [sys.executable, str(script)]
-    before = None if ignore is None else signal.signal(ignore, signal.SIG_IGN)  # inherited, as from nohup
+    # inherited: ignored as from nohup, or not, even where the tests themselves run under nohup
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL if ignore is None else signal.SIG_IGN)
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-    if ignore is not None:
-        signal.signal(ignore, before)
+    signal.signal(signal.SIGHUP, before)
     deadline = time.monotonic() + 30
     while not list((tmp_path / "root").glob("sweeps/s/logs/[0-9a-f]*.log")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -300,6 +300,7 @@ def test_a_closed_terminal(tmp_path):
         text = DRIVER.format(tests=str(Path(__file__).parent), n=40, root=str(tmp_path / "root"), workers=2)
         script.write_text(text.replace("workers=2", "workers=2, progress=True"))
         os.environ["FAKE_SECONDS"] = "0.1"
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.execv(sys.executable, [sys.executable, str(script)])
     wait_for_a_cell(tmp_path)
     os.close(terminal)
