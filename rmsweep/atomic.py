@@ -86,8 +86,9 @@ class Draft:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, -1  # a late write must not meet whoever has its number next
+        if descriptor >= 0:
+            os.close(descriptor)
         with contextlib.suppress(OSError):
             os.unlink(self._temporary)
 

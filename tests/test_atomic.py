@@ -157,6 +157,19 @@ def test_a_draft_takes_the_place_at_the_end_only(tmp_path):
     assert path.read_bytes() == b"one" and entries(tmp_path) == ["a"]
 
 
+def test_a_late_write_meets_no_other_file(tmp_path):
+    """A Parquet writer whose draft failed closes itself when it is collected: catches its bytes in the next table."""
+    with pytest.raises(ValueError, match="stop"), atomic.Draft(tmp_path / "a", "table") as first:
+        first.write(b"one")
+        raise ValueError("stop")
+    with atomic.Draft(tmp_path / "b", "table") as second:
+        second.write(b"two")
+        with pytest.raises(StoreError):
+            first.write(b"three")
+        second.seal().replace()
+    assert (tmp_path / "b").read_bytes() == b"two"
+
+
 def test_what_stops_a_draft_keeps_its_own_error(tmp_path):
     """Catches an error of reading, inside the block, that is reported as an error of writing this file."""
     with pytest.raises(FileNotFoundError), atomic.Draft(tmp_path / "a", "table"):
