@@ -17,7 +17,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from rmsweep import atomic, crash
-from rmsweep.errors import StoreError
 
 LEASE, BEAT = 120.0, 10.0  # seconds; NFS may show a change a minute late
 BEATS = ".beat"
@@ -95,16 +94,16 @@ class Claims:
 
     def _link(self, key: str) -> bool:
         """Make the link; True also where the file system has none: then nobody can claim, and all compute."""
-        try:
-            os.symlink(self.owner, self.folder / key)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno in atomic.NO_LINK:
+        with atomic.disk_errors(self.folder / key):
+            try:
+                os.symlink(self.owner, self.folder / key)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in atomic.NO_LINK:
+                    raise
                 self._unlinked.add(key)
-                return True
-            raise StoreError(f"{self.folder / key}: cannot be written ({error.strerror or error})") from error
-        return True
+            return True
 
     def _holder(self, key: str) -> str | None:
         try:

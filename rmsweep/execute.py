@@ -98,11 +98,11 @@ def _tables(folder: Path, store: Store) -> results.Tables:
     """The tables of the whole sweep, this plan and what stood under its name; again where another run came between."""
     tables = results.current(folder, store)
     for _ in range(TABLE_TRIES):
-        if tables is not None and results.current(folder, store) is not None:
-            break
-        tables = assembled(folder, store)
-    assert tables is not None
-    return tables
+        if tables is not None:
+            return tables
+        made = assembled(folder, store)
+        tables = results.current(folder, store)
+    return made
 
 
 def _summary(

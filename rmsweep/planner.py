@@ -166,23 +166,21 @@ class _Planner:
                 self.bank_bytes[bank], self.bank_sizes[bank] = bank_bytes(spec, shape), bank_size(spec, shape)
             self.kept_bytes += kept_bytes(spec, shape, self.keep)
         parts = cell_parts(spec, inputs, lambda name, make: self._once(("text", name, *_text_key(point, name)), make))
-        cell = digest_of_parts(parts)
-        key = fingerprint(cell, self.compute, code.strict)
-        return PlannedCell(cell, key, bank, labels, point.config, reason, {**parts, KEY: code.key}, code.text)
+        return self._keyed(PlannedCell("", "", bank, labels, point.config, reason), parts, code)
 
     def again(self, cell: PlannedCell) -> PlannedCell:
         """A cell that was planned before, identified anew from its config and the inputs it was planned with."""
         spec = build_cell(cell.config)
         inputs = json.loads(cell.identity["bank"])["inputs"] if cell.identity else {}
-        parts, code = cell_parts(spec, inputs), self._code(spec)
+        code = self._code(spec)
+        known = cell._replace(bank_id=bank_id(spec, inputs, code.strict_bank))
+        return self._keyed(known, cell_parts(spec, inputs), code)
+
+    def _keyed(self, cell: PlannedCell, parts: Mapping[str, str], code: _Code) -> PlannedCell:
+        """The cell with its keys, and what they are made of."""
         name = digest_of_parts(parts)
-        return cell._replace(
-            cell_id=name,
-            fingerprint=fingerprint(name, self.compute, code.strict),
-            bank_id=bank_id(spec, inputs, code.strict_bank),
-            identity={**parts, KEY: code.key},
-            code=code.text,
-        )
+        key = fingerprint(name, self.compute, code.strict)
+        return cell._replace(cell_id=name, fingerprint=key, identity={**parts, KEY: code.key}, code=code.text)
 
     def _code(self, spec: CellSpec) -> _Code:
         """What the code of a cell's stages adds to its keys; one text for all cells that run the same."""

@@ -117,18 +117,13 @@ class Schedule:
     def _claimed(self, item: Unit | str) -> Task | None:
         """The task of a bank or unit, as far as it is ours and not done meanwhile; None where nothing is left."""
         left = self._claimed_bank(item) if isinstance(item, str) else self._claimed_unit(item)
-        held = [i for i in self._held if isinstance(i, Unit)] + [
-            u for b in self._held_banks() for u in self._waiting[b]
-        ]
-        self.bar.elsewhere(sum(len(unit.cells) for unit in held))
+        waiting = [self._waiting[held] if isinstance(held, str) else [held] for held in self._held]
+        self.bar.elsewhere(sum(len(unit.cells) for some in waiting for unit in some))
         if left is None:
             return None
         task = self._bank_task(left) if isinstance(left, str) else self._unit_task(left)
         self._running[task.id] = left
         return task
-
-    def _held_banks(self) -> list[str]:
-        return [item for item in self._held if isinstance(item, str)]
 
     def _claimed_bank(self, bank_id: str) -> str | None:
         mine = self.claims.take([_bank_key(bank_id)])
@@ -295,10 +290,8 @@ class Schedule:
             self._fail(self._not_stored(self._concerned(item)), cause, reason, None)
             return
         short = self._short_of_memory(task_id, item)
-        left, suspect = (
-            self._not_stored(c for c in item.cells if c.fingerprint not in short),
-            self._in_flight.get(task_id),
-        )
+        left = self._not_stored(cell for cell in item.cells if cell.fingerprint not in short)
+        suspect = self._in_flight.get(task_id)
         self._forget(task_id, left)
         rest = [cell for cell in left if cell.fingerprint != suspect]
         for cell in (cell for cell in left if cell.fingerprint == suspect):
