@@ -10,33 +10,34 @@ import contextlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from rmsweep import execute, results, runner
+from rmsweep import execute, fleet, results, runner
 from rmsweep.causes import Cause
 from rmsweep.cell import PlannedCell
 from rmsweep.claims import Claims
 from rmsweep.engines import Signals, Stop, _queue, handlers
-from rmsweep.engines._queue import GONE, Task
+from rmsweep.engines._queue import Task
 from rmsweep.engines._slot import Slot
-from rmsweep.engines.slurm import Busy, Slurm, TooMany, check_folder, restore
+from rmsweep.engines.slurm import Slurm, check_folder, restore
 from rmsweep.errors import ConfigError, DataError, RmsweepError, StoreError
 from rmsweep.execute import Summary
 from rmsweep.fingerprint import digest
+from rmsweep.fleet import Fleet
+from rmsweep.intake import Intake
 from rmsweep.plan import Plan, sweep_folder
 from rmsweep.progress import Progress
 from rmsweep.runner import CellTask
 from rmsweep.schedule import MAX_DEATHS
-from rmsweep.slots import Job, Note, Slots
+from rmsweep.slots import Job, Look, Note, Order, Slots
 from rmsweep.store import Store
 from rmsweep.units import unit_of
 
 LOOK = 5.0  # seconds between two looks at the store
 FRUITLESS = 3  # rounds of slots, one after the other, that stored nothing
 PATIENCE = 300.0  # seconds in which a detached driver tries to submit anything
-WHOLE = 0.8  # a cell that took this share of a slot's time did not fit into it
-LOG_LINES = 5
+ASK, LOG_LINES = 3, 5
 
 
 def run(
@@ -66,88 +67,92 @@ def run(
         notes = execute.write_plan(plan, folder, claims)
         results.mark_last(root, plan.name)
         store.merge(cell.fingerprint for cell in cells)
-        pending = execute.pending_cells(cells, store, retry, plan.keep)
-        driver = _Driver(plan, root, engine, store, claims, files, pending, work, show=progress and not detach)
-        stopped = None
-        if pending:
+        todo = _Todo(store, execute.pending_cells(cells, store, retry, plan.keep))
+        stopped, n_left = None, 0
+        if todo.cells:
             files.prepare()
             files.revive()
-            if detach:
-                driver.begin()
-                return None
-            with driver.bar:
-                stopped = driver.watch()
+            with Progress(plan.name, len(todo.cells), folder, show=progress and not detach) as bar:
+                driver = _Driver(plan, root, engine, claims, files, todo, bar, work)
+                if detach:
+                    driver.begin()
+                    return None
+                stopped, n_left = driver.watch(), len(driver.left())
+            notes = [*notes, *driver.notes]
         tables = execute.write_tables(plan.name, folder, store, claims)
-        n_left = len(driver.left())
-        return execute.summarised(plan, store, tables, [*notes, *driver.notes], driver.n_stored, n_left, stopped)
+        return execute.summarised(plan, store, tables, notes, todo.n_stored, n_left, stopped)
+
+
+class _Todo:
+    """Cells that a run has slots compute: those without a record, and recorded ones that are run again."""
+
+    def __init__(self, store: Store, cells: Sequence[PlannedCell]) -> None:
+        self.store, self.cells = store, {cell.fingerprint: cell for cell in cells}
+        self.again = dict[str, int]()  # recorded cells that are run again -> their last attempt
+        self.stored: dict[str, str] = {}  # cells of this run that have a record -> status
+        self.run_again(store.done(self.cells))
+
+    @property
+    def n_stored(self) -> int:
+        """Cells that were stored since this run began, by whichever slot."""
+        return len(self.stored)
+
+    def run_again(self, keys: Collection[str]) -> None:
+        """Take cells that have a record for undone."""
+        attempts = self.store.attempts(keys) if keys else {}
+        self.again |= {key: attempts.get(key, 0) for key in keys}
+        for key in keys:
+            self.stored.pop(key, None)
+
+    def left(self) -> set[str]:
+        """Cells without a record of this run."""
+        states = self.store.states(self.cells)
+        attempts = self.store.attempts(self.again) if self.again else {}
+        self.stored = {
+            k: s.status for k, s in states.items() if k not in self.again or attempts.get(k, 0) > self.again[k]
+        }
+        return self.cells.keys() - self.stored.keys()
+
+    def out_of_memory(self) -> set[str]:
+        """Stored cells that ran out of memory."""
+        states = self.store.states(self.stored)
+        return {key for key, state in states.items() if state.cause == "oom"}
+
+    def fail(self, key: str, cause: Cause, reason: str) -> None:
+        """Record a cell that no slot could finish."""
+        cell, attempts = self.cells[key], self.store.attempts([key])
+        task = CellTask(cell.cell_id, key, cell.labels, cell.config, attempts.get(key, 0) + 1, cell.code)
+        unit = unit_of([cell]).unit_id
+        done = runner.unfinished(unit, task, "failed", cause, reason)
+        self.store.publish_part(unit, [done.record], [done.cost])
 
 
 class _Driver:
-    """Watches one sweep's slots. pending: cells to compute, also those that have a record and are run again."""
+    """Watches one sweep's slots. A step looks at the queue once and submits what is missing."""
 
     def __init__(
         self,
         plan: Plan,
         root: Path,
         engine: Slurm,
-        store: Store,
         claims: Claims,
         files: Slots,
-        pending: Sequence[PlannedCell],
+        todo: _Todo,
+        bar: Progress,
         work: str,
-        *,
-        show: bool,
     ) -> None:
-        self.plan, self.root, self.engine = plan, root, engine
-        self.store, self.claims, self.files = store, claims, files
-        self.cells = {cell.fingerprint: cell for cell in pending}
-        self.work, self.notes = work, list[str]()
-        self.bar = Progress(plan.name, len(self.cells), sweep_folder(root, plan.name), show=show)
-        attempts = store.attempts(self.cells)
-        self._again = {key: attempts.get(key, 0) for key in store.done(self.cells)}  # recorded, to be run again
-        self._counted = set[str]()  # cells that the bar has
-        self._deaths: dict[str, Counter[Cause]] = {}
-        self._memory = engine.memory_gib
-        self._seen = set[tuple[str, int]]()  # turns of slots whose end was dealt with
-        self._ended = set[str]()  # array tasks likewise
-        self._known = set[str]()  # jobs that the last look at the queue would have shown
-        self._owed = self._first = self._idle = self._fruitless = 0
-        self._taken = self._barren = 0  # slots taken in this round; bad ends in a row without a cell computed
-        self._last_end: dict[str, str | None] = {}  # array task -> how its last turn ended
-        self._at_work = False
-        self._stored_before = -1
-        self._is_new, self._over = True, False
-        self._slot: Slot | None = None
-        self._snapshot = ""
-
-    @property
-    def n_stored(self) -> int:
-        """Cells that were stored since this driver began, by whichever slot."""
-        return len(self._counted)
-
-    def left(self) -> set[str]:
-        """Cells without a record of this run."""
-        states = self.store.states(self.cells)
-        attempts = self.store.attempts(self._again) if self._again else {}
-        left = {k for k in self.cells if k not in states}
-        left |= {k for k, n in self._again.items() if attempts.get(k, 0) <= n}
-        for key in self.cells.keys() - left - self._counted:
-            self._counted.add(key)
-            self.bar.cell(states[key].status)
-        return left or self._with_more_memory({k for k, state in states.items() if state.cause == "oom"})
-
-    def _with_more_memory(self, short: set[str]) -> set[str]:
-        """Cells that ran out of memory, to be run again where slots can have more of it."""
-        more = self.engine.more_memory(self._memory)
-        if not short or more is None or self._over:
-            return set()
-        self.notes.append(f"{len(short):,} cells ran out of memory; again with {more:g} GiB to a slot")
-        attempts, self._memory, self._slot = self.store.attempts(short), more, None
-        self._again |= {key: attempts.get(key, 0) for key in short}
-        for key in short & self._counted:
-            self._counted.discard(key)
-            self.bar.cell("failed", -1)
-        return short
+        self.plan, self.root, self.engine, self.work = plan, root, engine, work
+        self.claims, self.files, self.todo, self.bar = claims, files, todo, bar
+        self.notes = list[str]()
+        self.is_over = False
+        self.n_live = self.n_missing = 0  # slots, after the last step
+        self._snapshot, self._order = "", Order()
+        self._memory, self._first = engine.memory_gib, 0
+        self._intake = Intake(self._submit_array, engine.most, self._say)
+        self._ends, self._asked = dict[str, str](), Counter[str]()  # array tasks that have ended; sacct was asked of
+        self._heard: set[tuple[str, int]] | None = None  # turns whose last words were dealt with; None: not looked yet
+        self._round, self._fruitless, self._idle = 1, 0, False
+        self._barren_before = self._stored_before = 0
 
     # -- watching ------------------------------------------------------------------------------------------
 
@@ -155,15 +160,19 @@ class _Driver:
         """Until nothing is left or nothing helps; the signal that ended it."""
         signals, due = Signals(), time.monotonic()
         with handlers(signals), contextlib.suppress(Stop):
-            while (left := self.left()) and not self._over:
+            while self.left() and not self.is_over:
                 if self.files.cancelled:
                     self._stop("cancelled; what is stored stays, and the same command again continues")
+                    if (look := self.files.look()) is not None:  # with what was submitted while `rmsweep cancel` looked
+                        _cancel(look)
                     break
                 if time.monotonic() >= due:
                     with signals.shield():
-                        self.step(left)
+                        self.step()
                     due = time.monotonic() + self.engine.poll_seconds
                 time.sleep(max(0.0, min(LOOK, due - time.monotonic())))
+            else:
+                self._dismiss()
         if signals.received is not None:
             print(
                 f"rmsweep: left while slots work on; the same command again watches them, `rmsweep status "
@@ -174,269 +183,214 @@ class _Driver:
 
     def begin(self) -> None:
         """Submit what is not in the queue yet; RmsweepError where Slurm takes nothing for PATIENCE seconds."""
-        ends = time.monotonic() + PATIENCE
-        self.step(self.left())
-        while not self._at_work and time.monotonic() < ends:
+        deadline = time.monotonic() + PATIENCE
+        self.step()
+        while not self.n_live and time.monotonic() < deadline:
             time.sleep(self.engine.poll_seconds)
-            self.step(self.left())
-        if not self._at_work:
+            self.step()
+        if not self.n_live:
             said = "; ".join(self.notes) or "Slurm does not answer"
             raise RmsweepError(f"no slot could be submitted: {said}; the same command again tries again")
-        if self._owed:
-            self._say(f"{self._owed:,} slots more were not taken; the same command again submits them")
+        if self.n_missing:
+            self._say(f"{self.n_missing:,} slots more were not taken; the same command again submits them")
         for text in self.notes:
             print(f"rmsweep: {text}", file=sys.stderr)
 
-    def step(self, left: set[str]) -> None:
+    def left(self) -> set[str]:
+        """Cells that are not stored yet. Those that ran out of memory are, unless slots can have more of it."""
+        left = self.todo.left()
+        more = None if left or self.is_over else self.engine.more_memory(self._memory)
+        if more is not None and (short := self.todo.out_of_memory()):
+            self.notes.append(f"{len(short):,} cells ran out of memory; again with {more:g} GiB to a slot")
+            self._memory = more
+            self.todo.run_again(short)
+            left = self.todo.left()
+        self.bar.stored(self.todo.stored.values())
+        return left
+
+    def step(self) -> None:
         """Look at the queue once and do what follows; one driver of a sweep after the other."""
         with self.claims.held(f"slurm-{digest(self.plan.name)}"):
-            before = set(self.files.jobs())
-            view = self.files.poll()
-            if view is None:
+            left, now = self.left(), self._look()
+            if now is None:
                 self.bar.slots("Slurm does not answer")
                 return
-            self._snapshot = self._snapshot or self.files.snapshot(self.plan)
-            self._known |= before
-            self._adopt(view)
-            jobs = self.files.jobs()
-            if self._is_new and not any(task.is_live for task in view.values()):
-                self._ended |= {task.id for task in view.values()}  # of earlier runs
-                self.files.forget()
-            self._take_note(view, left)
-            earlier = {name for name, job in jobs.items() if job.plan not in ("", self._snapshot)}
-            n_live = sum(task.is_live for task in view.values() if task.job not in earlier)
-            n_live += sum(job.n_slots for name, job in jobs.items() if name not in self._known | earlier)
-            if self._is_new and n_live:  # fewer than this command asks for, or some were lost while nobody watched
-                n_done = sum(end in ("done", "given_up") for end in self._last_end.values())
-                self._owed = max(self._owed, self._wanted(left) - n_live - n_done)
-            self._is_new = False
-            if any(task.is_live and task.job in earlier for task in view.values()):
-                self._say(f"slots of an earlier command are still there; `rmsweep cancel {self.plan.name}` ends all")
-            self.bar.slots(_text(view))
-            if not self._over:
-                self._top_up(n_live, left)
-            self._at_work = bool(n_live or self._first)
+            self.bar.slots(str(now))
+            self._hear(now)
+            self._bury(now, left)
+            self.n_live, self.n_missing = now.n_live(now.is_ours) + now.n_live(now.is_akin), 0
+            if not self.is_over:
+                self._top_up(now, left)
 
-    def _adopt(self, view: Mapping[str, Task]) -> None:
+    def _look(self) -> Fleet | None:
+        """The fleet as it is now; None where the queue does not answer."""
+        self._snapshot = self._snapshot or self.files.snapshot(self.plan)
+        self._order = Order(self._snapshot, self.files.write_retry(self.todo.again) if self.todo.again else "")
+        if (look := self.files.poll(self.engine.poll_seconds)) is None:
+            return None
+        self._adopt(look.tasks)
+        self._ends |= {name: task.state for name, task in look.tasks.items() if not task.is_live}
+        now = fleet.assembled(self._order, self.files.jobs(), look, self.files.notes(), self._states)
+        short = now.short_memory_gib
+        more = None if short is None else self.engine.more_memory(short)
+        self._memory = max(filter(None, (self._memory, now.live_memory_gib, more)), default=None)
+        self._first = sum(job.n_slots for job in now.jobs.values() if job.plan in ("", self._snapshot))
+        self._round = max(self._round, now.round)
+        return now
+
+    def _states(self, forgotten: Collection[str]) -> Mapping[str, str]:
+        """How array tasks ended: as the queue said while it knew them, else as accounting says, asked a few times."""
+        unknown = [name for name in forgotten if name not in self._ends and self._asked[name] < ASK]
+        self._asked.update(unknown)
+        self._ends |= _queue.ends(unknown) if unknown else {}
+        return self._ends
+
+    def _adopt(self, tasks: Mapping[str, Task]) -> None:
         """Jobs of this sweep's name that no record has: their submission was cut short."""
-        jobs = self.files.jobs()
-        lost: dict[str, list[str]] = {}
-        for task in view.values():
-            if task.job not in jobs and task.is_live:
+        known, lost = self.files.jobs(), dict[str, list[str]]()
+        for task in tasks.values():
+            if task.job not in known and task.is_live:
                 lost.setdefault(task.job, []).append(task.id)
         for job, ids in lost.items():
-            restore(self.files.folder, self._slot_of(0), ids)
-            self.files.record(Job(job, len(ids), self._memory))
-            self._known.add(job)
-            self._owed = max(0, self._owed - len(ids))
-            self._taken += len(ids)
+            restore(self.files.folder, self._slot(), ids)
+            n_slots = 1 + max(int(name.partition("_")[2] or 0) for name in ids)
+            self.files.record_found(Job(job, n_slots, self._memory, round=self._round))
             self.notes.append(f"job {job} was submitted without an answer and has been found again")
-        memory = [jobs[task.job].memory_gib for task in view.values() if task.is_live and task.job in jobs]
-        self._memory = max(filter(None, [self._memory, *memory]), default=None)
 
-    def _top_up(self, n_live: int, left: set[str]) -> None:
-        """Submit slots where none is at work, or in the place of those that ended badly."""
-        wanted = self._wanted(left)
-        self._idle = 0 if n_live else self._idle + 1
-        if n_live:
-            if self._barren < FRUITLESS * self.engine.slots:
-                self._submit(min(self._owed, wanted - n_live))
-            elif self._owed:
-                self._owed = 0
-                self._say(f"{self._barren} slots in a row ended without a cell: none is submitted while others work")
+    # -- submitting ----------------------------------------------------------------------------------------
+
+    def _top_up(self, now: Fleet, left: set[str]) -> None:
+        """Submit slots where none is at work, or in the place of those that were lost."""
+        if now.n_live(now.is_foreign):
+            self._say(f"slots of an earlier command are still there; `rmsweep cancel {self.plan.name}` ends all")
+        if not self.n_live and not self._begins_round(now):
             return
-        if self._first and not self._owed and self._idle < 2:
-            return  # they ended well a moment ago: what they stored may not be seen yet
-        if self._taken:  # a round in which Slurm took none says nothing of the slots
-            self._fruitless = 0 if self.n_stored > self._stored_before else self._fruitless + 1
-            self._taken = 0
+        self._idle = False
+        missing = self._missing(now, left)
+        n_barren = now.n_barren(self._round) - self._barren_before
+        if missing > 0 and self.n_live and n_barren >= FRUITLESS * self.engine.slots:
+            self._say(f"{n_barren} slots ended without a cell: none is submitted while others work")
+            return
+        taken = self._intake.take(missing)
+        self.n_live, self.n_missing = self.n_live + taken, max(0, missing - taken)
+
+    def _begins_round(self, now: Fleet) -> bool:
+        """No slot is at work: whether others are to come."""
+        if now.has_round(self._round):
+            if now.has_ended_well(self._round) and not self._idle:
+                self._idle = True  # what they stored a moment ago may not be seen yet
+                return False
+            self._fruitless = 0 if self.todo.n_stored > self._stored_before else self._fruitless + 1
+            self._round, self._barren_before = self._round + 1, 0
         if self._fruitless >= FRUITLESS:
             self._stop(
                 f"gave up: {FRUITLESS} rounds of slots, one after the other, have stored nothing; "
-                f"their logs are {self.files.folder}/*_log.out{self._last_lines()}"
+                f"their logs are {self.files.folder}/*_log.out{self._last_lines(now)}"
             )
-            return
-        self._stored_before = self.n_stored
-        self._submit(wanted)
+            return False
+        self._stored_before = self.todo.n_stored
+        return True
 
-    def _wanted(self, left: set[str]) -> int:
-        """Slots for what is left: none without a cell for each of its workers' first turn."""
-        workers = self.engine.local().workers or self.engine.gpus_per_slot or self.engine.cpus_per_slot
-        return min(self.engine.slots, -(-len(left) // max(1, workers)))
+    def _missing(self, now: Fleet, left: set[str]) -> int:
+        """Slots to submit: enough for all that is left, and enough of this order for what only they may run.
 
-    def _submit(self, n_slots: int) -> None:
-        """Submit so many slots in arrays that the site takes; what it does not take is owed."""
-        if n_slots <= 0:
-            return
-        self._owed = n_slots
-        for size in self.engine.arrays(n_slots):
-            if not self._submit_array(size):
-                return
+        One that found nothing to claim is not replaced while others hold what is left.
+        """
+        again = left & self.todo.again.keys()
+        wanted = max(self._wanted(len(left)) - now.n_live(now.is_akin), self._wanted(len(again)))
+        return wanted - now.n_live(now.is_ours) - now.n_done(self._round)
 
-    def _submit_array(self, size: int) -> bool:
-        """Submit one array, halved as often as the site wants; whether all of it was taken."""
-        wanted = size
-        while size:
-            try:
-                job = self.engine.submit(
-                    self._slot_of(self._first), self.files.name, self.files.folder, size, self._memory
-                )
-            except Busy as error:
-                self._say(f"sbatch gave no clear answer ({error}); asking the queue before trying again")
-                return False
-            except TooMany as error:
-                if size == 1 and not self._first and "violates" in str(error) and "maxsubmit" not in str(error).lower():
-                    raise ConfigError(f"engine=slurm: {error}") from None
-                self._say(str(error))
-                size //= 2
-                continue
-            self.files.record(Job(job, size, self._memory, self._snapshot))
-            self._first += size
-            self._taken += size
-            self._owed = max(0, self._owed - size)
-            if self.files.cancelled:  # between our look at the queue and the submission
-                _queue.cancel({job})
-                return False
-            return size == wanted
-        return False
+    def _wanted(self, n_cells: int) -> int:
+        """Slots for so many cells: none without a cell for each of its workers' first turn."""
+        return min(self.engine.slots, -(-n_cells // self.engine.workers_per_slot))
 
-    def _slot_of(self, first: int) -> Slot:
+    def _submit_array(self, size: int) -> None:
+        """Submit one array and put it on record."""
+        with self.files.submitting():
+            job = self.engine.submit(self._slot(), self.files.name, self.files.folder, size, self._memory)
+            self.files.record(Job(job, size, self._memory, *self._order, self._round))
+        self._first += size
+        if self.files.cancelled:  # between our look at the queue and the submission
+            _queue.cancel({job})
+
+    def _slot(self) -> Slot:
         """What the next slots run."""
-        if self._slot is None:
-            engine, local = self.engine, self.engine.local()
-            words = [str(self.root), self.plan.name, "--plan", self._snapshot, "--work", self.work]
-            words += ["--of", str(engine.slots)]
-            words += [] if local.workers is None else ["--workers", str(local.workers)]
-            for flag, minutes in (("cell", local.cell_minutes), ("bank", local.bank_minutes)):
-                words += [f"--{flag}-minutes", "none" if minutes is None else str(minutes)]
-            words += ["--retry", self.files.write_retry(self._again)] if self._again else []
-            words += [word for path in self.plan.plugins for word in ("--plugin", str(path))]
-            folder = str(self.files.notes_folder)
-            self._slot = Slot(tuple(words), folder, engine.time_minutes * 60.0, float(engine.signal_seconds))
+        engine, local = self.engine, self.engine.local()
+        words = [str(self.root), self.plan.name, "--plan", self._order.plan, "--work", self.work]
+        words += ["--of", str(engine.slots), "--first", str(self._first)]
+        words += [] if local.workers is None else ["--workers", str(local.workers)]
+        for flag, minutes in (("cell", local.cell_minutes), ("bank", local.bank_minutes)):
+            words += [f"--{flag}-minutes", "none" if minutes is None else str(minutes)]
+        words += ["--retry", self._order.retry] if self._order.retry else []
+        words += [word for path in self.plan.plugins for word in ("--plugin", str(path))]
         return Slot(
-            (*self._slot.arguments, "--first", str(first)),
-            self._slot.folder,
-            self._slot.seconds,
-            self._slot.signal_seconds,
+            tuple(words), str(self.files.notes_folder), engine.time_minutes * 60.0, float(engine.signal_seconds)
         )
+
+    def _dismiss(self) -> None:
+        """Nothing is left: slots that wait for a node need not come."""
+        look = self.files.look()
+        if look is not None and (waiting := Fleet(self._order, self.files.jobs(), look.tasks, ()).waiting):
+            _queue.cancel(waiting, only_waiting=True)
 
     # -- what became of slots ------------------------------------------------------------------------------
 
-    def _take_note(self, view: Mapping[str, Task], left: set[str]) -> None:
-        """Deal with every turn of a slot that is over: what it had in flight, and whether another has to come."""
-        notes = self.files.notes()
-        last = {note.task: note.restart for note in notes}
-        computed = {note.task: note.computed for note in notes if note.restart == last[note.task]}
-        self._last_end |= {note.task: note.end for note in notes if note.restart == last[note.task]}
-        over = [
-            note
-            for note in notes
-            if (note.task, note.restart) not in self._seen
-            and (note.end is not None or note.restart < last[note.task] or not _is_live(view, note.task))
-        ]
-        ended = {task.id for task in view.values() if not task.is_live} - self._ended
-        ended |= {note.task for note in over if note.task not in view} - self._ended
-        gone = [name for name in ended if name not in view]
-        states = {name: task.state for name, task in view.items()} | (_queue.ends(gone) if gone else {})
-        alone = not any(task.is_running for task in view.values())
-        for note in over:
-            self._seen.add((note.task, note.restart))
-            if not self._is_new:  # what was over when this driver began is an earlier one's business
-                self._turn_ended(note, states.get(note.task, GONE), left, alone)
-        for name in ended:
-            self._ended.add(name)
-            self._task_ended(name, states.get(name, GONE), bool(computed.get(name)))
+    def _hear(self, now: Fleet) -> None:
+        """Deal with the last words of slots. What was over at the first look is an earlier driver's business."""
+        over = {(note.task, note.restart): note for note in now.over}
+        if self._heard is None:
+            self._heard, self._barren_before = set(over), now.n_barren(self._round)
+            if not now.n_live(now.is_ours) + now.n_live(now.is_akin) and now.has_round(self._round):
+                self._round += 1
+        fresh = [note for key, note in over.items() if key not in self._heard]
+        self._heard |= over.keys()
+        for note in fresh:
+            if note.end in ("refused", "store"):
+                self._refusal(note, alone=not now.n_running)
+            elif note.end == "given_up":
+                self._stop(note.message)
+        for task in now.lost(self._round):
+            self._say(f"slot {task.id} {_queue.ENDS.get(task.state, (None, task.state))[1]}")
 
-    def _task_ended(self, name: str, state: str, fruitful: bool) -> None:
-        """An array task is over: another comes in its place unless it had done its work."""
-        self._barren = 0 if fruitful or state == "COMPLETED" else self._barren + 1
-        if self._last_end.get(name) in ("done", "given_up"):
-            return
-        if state == "OUT_OF_MEMORY":
-            job = self.files.jobs().get(name.partition("_")[0])
-            more = self.engine.more_memory(self._memory if job is None else job.memory_gib)
-            self._memory = max(filter(None, (self._memory, more)), default=None)
-            self._slot = None
-        if state in ("COMPLETED", GONE) and self._last_end.get(name) == "time":
-            self._owed += 1  # the site did not requeue it
-        if state not in ("COMPLETED", GONE):
-            self._owed += 1
-            self._say(f"slot {name} {_queue.ENDS.get(state, (None, state))[1]}")
+    def _refusal(self, note: Note, *, alone: bool) -> None:
+        """A slot would not work; an error unless others do: one bad node ends nothing."""
+        said = f"slot {note.task} on {note.host}: {note.message}"
+        if alone:
+            raise (StoreError if note.end == "store" else ConfigError)(said)
+        self._say(said)
 
-    def _turn_ended(self, note: Note, state: str, left: set[str], alone: bool) -> None:
-        """A slot's turn is over. alone: no slot runs."""
-        if note.plan not in ("", self._snapshot):  # of an earlier command, perhaps with other code
-            return
-        if note.end in ("refused", "store"):
-            kind = StoreError if note.end == "store" else ConfigError
-            said = f"slot {note.task} on {note.host}: {note.message}"
-            if alone:
-                raise kind(said)
-            self._say(said)  # one bad node ends nothing while other slots work
-            return
-        if note.end == "given_up":
-            self._stop(note.message)
-        if note.end in ("done", "given_up"):
-            return
-        cause, words = _cause(note, state)
-        for key, share in note.in_flight.items():
-            if key in left and (cause != "timeout" or share >= WHOLE):
-                self._death(key, cause, f"slot {note.task} on {note.host} {words}")
+    def _bury(self, now: Fleet, left: set[str]) -> None:
+        """Give up cells that were in flight whenever their slot ended; they leave `left`.
 
-    def _death(self, key: str, cause: Cause, how: str) -> None:
-        """A slot ended with this cell in flight: it is tried again, a few times."""
-        deaths = self._deaths.setdefault(key, Counter())
-        deaths[cause] += 1
-        if deaths[cause] >= MAX_DEATHS[cause] and (cause != "oom" or self.engine.more_memory(self._memory) is None):
-            self._fail(self.cells[key], cause, f"{how}, {deaths[cause]} times with this cell")
-
-    def _fail(self, cell: PlannedCell, cause: Cause, reason: str) -> None:
-        """Record a cell that no slot could finish."""
-        attempt = self.store.attempts([cell.fingerprint]).get(cell.fingerprint, 0) + 1
-        task = CellTask(cell.cell_id, cell.fingerprint, cell.labels, cell.config, attempt, cell.code)
-        unit = unit_of([cell]).unit_id
-        done = runner.unfinished(unit, task, "failed", cause, reason)
-        self.store.publish_part(unit, [done.record], [done.cost])
+        Memory that ran out counts only where there is no more to be had.
+        """
+        deaths: dict[str, Counter[Cause]] = {}
+        for death in now.deaths():
+            is_last = death.cause != "oom" or self.engine.more_memory(death.memory_gib) is None
+            if death.cell not in left or not is_last:
+                continue
+            counts = deaths.setdefault(death.cell, Counter())
+            counts[death.cause] += 1
+            if counts[death.cause] == MAX_DEATHS[death.cause]:
+                self.todo.fail(death.cell, death.cause, f"{death.how}, {counts[death.cause]} times with this cell")
+                left.discard(death.cell)
 
     def _stop(self, why: str) -> None:
-        self._over = True
+        self.is_over = True
         self.notes.append(why)
 
     def _say(self, text: str) -> None:
-        """Tell at once, each thing once."""
+        """Tell each thing once."""
         if text not in self.notes:
             self.notes.append(text)
 
-    def _last_lines(self) -> str:
+    def _last_lines(self, now: Fleet) -> str:
         """The end of the newest slot's log."""
-        for name in sorted(self._ended, key=lambda name: [int(part) for part in name.split("_")], reverse=True):
+        for name in sorted(now.tasks, key=lambda name: [int(part) for part in name.split("_")], reverse=True):
             with contextlib.suppress(OSError):
                 lines = self.files.log(name).read_text(errors="replace").splitlines()[-LOG_LINES:]
                 return f"; the last one says\n{chr(10).join(lines)}"
         return ""
-
-
-def _is_live(view: Mapping[str, Task], name: str) -> bool:
-    return name in view and view[name].is_live
-
-
-def _cause(note: Note, state: str) -> tuple[Cause, str]:
-    """Why a turn of a slot ended, and in words; one that lives on was put back into the queue."""
-    if note.end == "time":
-        return "timeout", "ran into its time limit"
-    cause, words = _queue.ENDS.get(state, ("preempted", "was taken off its node"))
-    if note.end == "stopped" and cause != "timeout":
-        return "preempted", words if cause == "preempted" else "was told to leave"
-    return cause or "bug", words
-
-
-def _text(view: Mapping[str, Task]) -> str:
-    """`2 slots running, 3 waiting (Priority)`."""
-    live = [task for task in view.values() if task.is_live]
-    n_running = sum(task.is_running for task in live)
-    why = Counter(task.where for task in live if not task.is_running).most_common(1)
-    waiting = f", {len(live) - n_running} waiting ({why[0][0] or 'no reason given'})" if why else ""
-    return f"{n_running} slots running{waiting}"
 
 
 def cancel(root: Path, name: str) -> tuple[int, str | None]:
@@ -448,8 +402,12 @@ def cancel(root: Path, name: str) -> tuple[int, str | None]:
     if not files.exist:
         return 0, None
     files.cancel()
-    view = files.poll()
-    if view is None:
+    if (look := files.look(fresh=True)) is None:
         raise RmsweepError("Slurm does not answer (squeue); nothing more will be submitted, but slots may run on")
-    live = [task for task in view.values() if task.is_live]
+    return _cancel(look)
+
+
+def _cancel(look: Look) -> tuple[int, str | None]:
+    """Cancel the slots of a look."""
+    live = [task for task in look.tasks.values() if task.is_live]
     return len(live), _queue.cancel({task.job for task in live}) if live else None

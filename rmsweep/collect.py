@@ -23,11 +23,13 @@ from rmsweep.errors import ConfigError, StoreError
 from rmsweep.parts import Damaged
 from rmsweep.plan import Plan
 from rmsweep.progress import STATUS_FILE
+from rmsweep.slots import Slots
 from rmsweep.store import Store
 from rmsweep.verify import existing_store, sweep_folders
 
 POLL = 1.0  # seconds between two looks at the beats of others
 ORPHANS, CLAIMS, STATUS = "temporary files", "claims and beats of ended runs", "status files of ended runs"
+SLOTS = "files of slots that have ended"
 UNREFERENCED, QUARANTINE = "artefacts that no sweep's plan refers to", "quarantined artefacts"
 
 
@@ -106,6 +108,7 @@ def collect(
     _take(found, CLAIMS, void)
     _take(found, ORPHANS, _orphans(temporary, alive, found))
     _take(found, STATUS, [path for path in _status_files(root) if _ended(path)])
+    _take(found, SLOTS, _slot_files(root, found))
     _take(found, QUARANTINE, _entries(store.folder / "quarantine", root), quarantine)
     _take(found, UNREFERENCED, unused, unreferenced)
     return found
@@ -150,7 +153,9 @@ def size(path: Path) -> int:
 
 def _temporary(root: Path, store: Store) -> dict[Path, str]:
     """Temporary files and folders with their owners."""
-    folders = [store.folder, *sorted(store.folder.glob("*")), root / "sweeps", *sorted(root.glob("sweeps/*"))]
+    folders = [store.folder, *sorted(store.folder.glob("*")), root / "sweeps"]
+    for pattern in ("*", "*/slurm", "*/slurm/*", "*/slurm/plans/*"):
+        folders += sorted(path for path in (root / "sweeps").glob(pattern) if path.is_dir())
     paths = [path for folder in folders for path in _entries(folder, root)]
     return {path: named["owner"] for path in paths if (named := atomic.TEMPORARY.fullmatch(path.name))}
 
@@ -177,6 +182,20 @@ def _claims(root: Path, store: Store) -> dict[Path, str]:
             with contextlib.suppress(OSError):
                 owners[path] = os.readlink(path)
     return owners
+
+
+def _slot_files(root: Path, found: Collected) -> Iterator[Path]:
+    """What slots of a cluster left, where the queue says that none of the sweep is alive."""
+    for folder in sorted(root.glob("sweeps/*/slurm")):
+        files = Slots(root, folder.parent.name)
+        if not _inside(folder, root) or not (left := list(files.leftovers())):
+            continue
+        driver = folder.parent / STATUS_FILE
+        look = None if driver.exists() and not _ended(driver) else files.look(fresh=True)
+        if look is None or any(task.is_live for task in look.tasks.values()):
+            found.notes.append(f"{folder}: left as it is: slots or a driver may be alive, as far as is known here")
+        else:
+            yield from left
 
 
 def _status_files(root: Path) -> list[Path]:

@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,11 @@ class Progress:
         """A cell ended with `status`; change = -1 takes that back."""
         self.counts[status] += change
         self._refresh(change)
+
+    def stored(self, statuses: Iterable[str]) -> None:
+        """How all cells ended that have a record so far."""
+        before, self.counts = self._n, Counter(statuses)
+        self._refresh(self._n - before)
 
     @property
     def _n(self) -> int:

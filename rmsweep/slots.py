@@ -1,10 +1,12 @@
 """The folder sweeps/NAME/slurm: which jobs were submitted for a sweep, what its slots and the queue say.
 
+name.json              what the sweep's jobs are called in the queue
 plans/<digest>/        the plan as it was when slots were submitted: what they run, and with which code
+retry-<digest>.json    recorded cells that slots run again
 jobs/<id>.json         one submitted array each, checksummed
 slots/<task>.<n>.json  what the n-th turn of an array task had in hand, and how it ended
 cancelled.json         `rmsweep cancel` was here: nothing is submitted or requeued until the next `rmsweep run`
-queue.json             the last look at the queue
+queue-<machine>.json   the last look at the queue from that machine
 <task>_..._log.out     what a slot printed; and submitit's own files
 """
 
@@ -13,10 +15,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
-import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,23 +28,44 @@ from rmsweep.errors import StoreError
 from rmsweep.fingerprint import digest, sealed, unsealed
 from rmsweep.plan import Plan, sweep_folder
 
-QUEUE, LOOK, TICK = "queue.json", 30.0, 1.0  # LOOK: seconds between two looks at the queue
+LOOK = 30.0  # seconds between two looks at the queue from one machine
 STAGE = "plan"  # of crash.POINTS
-QUIET = 30.0  # seconds after which a note in which nothing changed is written again
+
+
+class Order(NamedTuple):
+    """What slots are told to run: a snapshot of the plan, and a list of recorded cells to run again; "" for none."""
+
+    plan: str = ""
+    retry: str = ""
 
 
 class Job(NamedTuple):
-    """A submitted array: how many slots, with how much memory each, for which snapshot of the plan."""
+    """A submitted array: how many slots, with how much memory each, for what order, in which round of submissions.
+
+    An order without a plan is not known: the job was found in the queue.
+    """
 
     id: str
     n_slots: int
     memory_gib: float | None
     plan: str = ""
+    retry: str = ""
+    round: int = 0
+
+    @property
+    def order(self) -> Order:
+        """What its slots run."""
+        return Order(self.plan, self.retry)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Its array tasks, as squeue names them."""
+        return [f"{self.id}_{i}" for i in range(self.n_slots)] if self.n_slots > 1 else [self.id]
 
 
 class Note(NamedTuple):
     """One turn of a slot. in_flight: fingerprint -> share of the slot's time that the cell had taken; end: None where
-    it was killed, else done, time (its limit), stopped, given_up, refused, store or bug; plan: the snapshot it ran.
+    it was killed, else done, time (its limit), stopped, given_up, refused, store or bug; plan, retry: its order.
     """
 
     task: str
@@ -55,15 +76,37 @@ class Note(NamedTuple):
     end: str | None
     message: str
     plan: str = ""
+    retry: str = ""
+
+
+class Look(NamedTuple):
+    """What the queue said. jobs: those that were on record when it was asked, so that it had to know them."""
+
+    tasks: dict[str, Task]
+    jobs: frozenset[str]
 
 
 class Slots:
-    """The files of a sweep's slots. name: of all its jobs in the queue."""
+    """The files of a sweep's slots."""
 
     def __init__(self, root: Path, sweep: str) -> None:
         self.folder = sweep_folder(root, sweep) / "slurm"
-        self.name = f"rmsweep-{sweep[:40]}-{digest([str(root.resolve()), sweep])[:8]}"
         self.notes_folder = self.folder / "slots"
+        self._path = digest([str(root.resolve()), sweep])
+        self._made = f"rmsweep-{sweep[:40]}-{self._path[:8]}"
+        self._queue = self.folder / f"queue-{atomic.machine()}.json"
+
+    @property
+    def name(self) -> str:
+        """Of all its jobs in the queue: as it was first made, also where the root is mounted elsewhere.
+
+        A copy of the root has another path and another inode, and goes by a name of its own.
+        """
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            said = unsealed(atomic.read(self.folder / "name.json"))
+            if said["path"] == self._path or said["inode"] == os.stat(self.folder).st_ino:
+                return str(said["name"])
+        return self._made
 
     @property
     def exist(self) -> bool:
@@ -74,6 +117,9 @@ class Slots:
         """Make the folders; StoreError where they cannot be written."""
         for folder in (self.folder, self.folder / "jobs", self.notes_folder):
             atomic.probe(folder)
+        if self.name == self._made:
+            said = {"name": self._made, "path": self._path, "inode": os.stat(self.folder).st_ino}
+            atomic.replace(self.folder / "name.json", sealed(said), STAGE)
 
     def snapshot(self, plan: Plan) -> str:
         """Keep the plan as it is now; its name among the snapshots."""
@@ -99,12 +145,25 @@ class Slots:
 
     # -- jobs ----------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def submitting(self) -> Iterator[None]:
+        """Around a submission and its record: no driver decides on what the queue said before them."""
+        self._keep({**self._said(), "open": True})
+        yield  # after an error it stays so: jobs may have been taken
+        self._keep({**self._said(), "open": False})
+
     def record(self, job: Job) -> None:
         """Remember a submitted array, for `look` too."""
         atomic.replace(self.folder / "jobs" / f"{job.id}.json", sealed(job._asdict()), STAGE)
-        ids = [f"{job.id}_{i}" for i in range(job.n_slots)] if job.n_slots > 1 else [job.id]
-        view = self._last_look() or (None, {})
-        self._keep(view[0], {name: Task(name, "PENDING", "just submitted") for name in ids} | view[1])
+        said = self._said()
+        fresh = [Task(name, "PENDING", "just submitted") for name in job.tasks]
+        self._keep({**said, "tasks": [*fresh, *(said.get("tasks") or [])], "jobs": [job.id, *said.get("jobs", [])]})
+
+    def record_found(self, job: Job) -> None:
+        """Remember an array that the queue has, unless whoever submitted it has meanwhile."""
+        with atomic.Draft(self.folder / "jobs" / f"{job.id}.json", STAGE) as draft:
+            draft.write(sealed(job._asdict()))
+            draft.seal().link()
 
     def jobs(self) -> dict[str, Job]:
         """All arrays that were submitted, by id; a damaged record is passed over: the queue has the name too."""
@@ -131,30 +190,45 @@ class Slots:
 
     # -- the queue -----------------------------------------------------------------------------------------
 
-    def poll(self) -> dict[str, Task] | None:
-        """Ask the queue, and keep the answer for `look`."""
-        if (found := _queue.poll(self.name)) is not None:
-            self._keep(time.monotonic(), found)
-        return found
+    def poll(self, seconds: float = LOOK) -> Look | None:
+        """What the queue says, for a driver: asked anew unless this machine has within `seconds`, and since the last
+        submission; None where it does not answer. The caller holds the sweep's claim: nobody else submits.
+        """
+        said = self._said()
+        if not said.get("open") and (age := self._age(said)) is not None and age < seconds:
+            return _read(said)
+        return self._ask(is_open=False)
 
-    def _keep(self, at: float | None, view: Mapping[str, Task]) -> None:
-        said = {"machine": atomic.machine(), "at": at, "tasks": list(view.values())}
+    def look(self, *, fresh: bool = False) -> Look | None:
+        """What the queue said, asked again where no process of this machine has within LOOK seconds, or if fresh."""
+        said = self._said()
+        if not fresh and self._age(said) is not None:
+            return _read(said)
+        return self._ask(is_open=bool(said.get("open"))) if _queue.is_here() else None
+
+    def _ask(self, *, is_open: bool) -> Look | None:
+        jobs, tasks = sorted(self.jobs()), _queue.poll(self.name)
+        said = None if tasks is None else list(tasks.values())
+        self._keep({"at": time.monotonic(), "open": is_open, "jobs": jobs, "tasks": said})
+        return None if tasks is None else Look(tasks, frozenset(jobs))
+
+    def _said(self) -> dict[str, Any]:
+        """What this machine's file says."""
+        with contextlib.suppress(OSError, ValueError):
+            said = json.loads(atomic.read(self._queue))
+            return said if isinstance(said, dict) else {}
+        return {}
+
+    def _keep(self, said: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):
-            atomic.note(self.folder / QUEUE, json.dumps(said).encode())
+            atomic.note(self._queue, json.dumps(said).encode())
 
-    def _last_look(self) -> tuple[float, dict[str, Task]] | None:
-        """When a process of this machine last asked the queue, and the answer; None where that is too long ago."""
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            said = json.loads(atomic.read(self.folder / QUEUE))
-            if said["machine"] == atomic.machine() and 0 <= time.monotonic() - said["at"] < LOOK:
-                return said["at"], {task.id: task for task in (Task(*words) for words in said["tasks"])}
-        return None
-
-    def look(self) -> dict[str, Task] | None:
-        """What the queue said, asked again where no process of this machine has within LOOK seconds."""
-        if (last := self._last_look()) is not None:
-            return last[1]
-        return self.poll() if _queue.is_here() else None
+    @staticmethod
+    def _age(said: Mapping[str, Any]) -> float | None:
+        """Seconds since the queue was asked; None for never, or too long ago to count."""
+        at = said.get("at")
+        age = time.monotonic() - at if isinstance(at, int | float) else -1.0
+        return age if 0 <= age < LOOK else None
 
     # -- what slots say ------------------------------------------------------------------------------------
 
@@ -166,62 +240,20 @@ class Slots:
                 found.append(Note(**json.loads(atomic.read(path))))
         return sorted(found, key=lambda note: (note.task, note.restart))
 
-    def forget(self) -> None:
-        """Remove the notes of earlier runs: a new run counts anew."""
-        for path in self.notes_folder.glob("*.json"):
-            atomic.remove(path)
-
     def log(self, task: str) -> Path:
         """What a slot printed."""
         return self.folder / f"{task}_0_log.out"
 
+    def leftovers(self) -> Iterator[Path]:
+        """Files of jobs that were submitted; what slots printed is not among them."""
+        patterns = ("jobs/*.json", "slots/*.json", "plans/*", "retry-*.json", "queue-*.json", "*.pkl")
+        for pattern in (*patterns, "*_submission.sh", ".submission_file*"):
+            yield from self.folder.glob(pattern)
 
-class Diary:
-    """A slot's own note, written at most once a second while it works; a context. It may fail without harm."""
 
-    def __init__(self, folder: Path, task: str, restart: int, plan: str = "") -> None:
-        self._plan = plan
-        self._path, self._task, self._restart = folder / f"{task}.{restart}.json", task, restart
-        self._began, self._since = time.monotonic(), dict[str, float]()
-        self._changed, self._over = True, threading.Event()
-        self._written, self._end = 0.0, dict[str, Any]()
-        self._lock, self._thread = threading.Lock(), threading.Thread(target=self._tick, daemon=True)
-
-    def __enter__(self) -> Diary:
-        self._write({})
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-
-    def told(self, cells: Collection[str]) -> None:
-        """Fingerprints of the cells in flight."""
-        now = time.monotonic()
-        with self._lock:
-            self._since = {cell: self._since.get(cell, now) for cell in cells}
-            self._changed = True
-
-    def ended(self, end: str, computed: int = 0, message: str = "") -> None:
-        """How the slot ended, with what it leaves in flight."""
-        self._over.set()
-        if self._thread.is_alive():
-            self._thread.join(TICK)
-        self._write({"end": end, "computed": computed, "message": message})
-
-    def _tick(self) -> None:
-        while not self._over.wait(TICK):
-            if self._changed or (self._since and time.monotonic() - self._written > QUIET):
-                self._write({})
-
-    def _write(self, more: Mapping[str, Any]) -> None:
-        """Write the note; what was said of the end stays, however long a write before it took."""
-        with self._lock:
-            self._end |= more
-            now, self._changed = time.monotonic(), False
-            self._written = now
-            whole = max(now - self._began, 1e-9)
-            shares = {cell: round((now - since) / whole, 3) for cell, since in self._since.items()}
-            note = Note(self._task, self._restart, socket.gethostname(), 0, shares, None, "", self._plan)
-            with contextlib.suppress(OSError, StoreError):
-                atomic.note(self._path, json.dumps(note._replace(**self._end)._asdict()).encode())
+def _read(said: Mapping[str, Any]) -> Look | None:
+    """A look as it was written; None where the queue did not answer, or the file says something else."""
+    with contextlib.suppress(TypeError, KeyError, ValueError):
+        if said["tasks"] is not None:
+            return Look({task.id: task for task in (Task(*words) for words in said["tasks"])}, frozenset(said["jobs"]))
+    return None

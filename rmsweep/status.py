@@ -112,9 +112,9 @@ def _slots(root: Path, name: str) -> dict[str, Any] | None:
     files = Slots(root, name)
     if not files.exist:
         return None
-    view = files.look()
-    found: dict[str, Any] = {"jobs": sorted(files.jobs()), "cancelled": files.cancelled, "queue": view is not None}
-    tasks = [task for task in (view or {}).values() if task.is_live]
+    look = files.look()
+    found: dict[str, Any] = {"jobs": sorted(files.jobs()), "cancelled": files.cancelled, "queue": look is not None}
+    tasks = [task for task in look.tasks.values() if task.is_live] if look else []
     in_hand = {note.task: len(note.in_flight) for note in files.notes()}
     found["tasks"] = [{**task._asdict(), "in_flight": in_hand.get(task.id, 0)} for task in tasks]
     return found

@@ -4,6 +4,7 @@ FAKE_SLURM names a folder: calls.log has one line per call, jobs/<id>.json one a
 (tests write states into it), faults.json what goes wrong:
   lose_reply: how often sbatch takes the job and then says that it timed out; garble: the same, with a senseless answer
   refuse: what sbatch says instead of taking the job; max_submit: tasks that it takes in all; max_array: of scontrol
+  mute: how often sbatch takes the job and ends with an error, without a word; slow: seconds that sbatch takes
   duplicate: every submission gets this id; silent: squeue does not answer; twice: squeue lists every task twice
   no_sacct: no accounting
 FAKE_SLURM_RUN=1: sbatch starts the tasks as processes of this machine, all at once.
@@ -12,8 +13,10 @@ FAKE_SLURM_RUN=1: sbatch starts the tasks as processes of this machine, all at o
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 COMMANDS = ("sbatch", "squeue", "sacct", "scontrol", "scancel", "srun")
@@ -52,6 +55,9 @@ def sbatch(script):
     wrong, text = faults(), Path(script).read_text()
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)(?:=(.*))?$", text, re.M))
     n_tasks = 1 + int(re.match(r"0-(\d+)", options["array"])[1]) if "array" in options else 1
+    blocked = [int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ())]
+    (state_folder() / "blocked.json").write_text(json.dumps(blocked))
+    time.sleep(wrong.get("slow", 0))
     if wrong.get("refuse"):
         fail(f"sbatch: error: {wrong['refuse']}")
     if n_tasks > wrong.get("max_array", 1001):
@@ -63,9 +69,11 @@ def sbatch(script):
     save(name, {"options": options, "script": text, "tasks": dict.fromkeys(ids, "PENDING"), "pids": {}})
     if os.environ.get("FAKE_SLURM_RUN"):
         start(name, ids, script)
-    for fault in ("lose_reply", "garble"):
+    for fault in ("lose_reply", "garble", "mute"):
         if wrong.get(fault, 0) > 0:
             (state_folder() / "faults.json").write_text(json.dumps({**wrong, fault: wrong[fault] - 1}))
+            if fault == "mute":
+                sys.exit(1)
             if fault == "garble":
                 print("Submitted batch jo")
                 return
@@ -75,6 +83,7 @@ def sbatch(script):
 
 def start(name, ids, script):
     job = jobs()[name]
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())  # jobs are started by the nodes: they inherit nothing of sbatch
     for i, task in enumerate(ids):
         env = {**os.environ, "SLURM_JOB_ID": str(int(name) + i)}
         if "_" in task:
@@ -141,11 +150,12 @@ def scontrol(*words):
         print(f"MaxArraySize            = {faults().get('max_array', 1001)}")
 
 
-def scancel(*names):
-    for name in names:
-        job = jobs().get(name)
-        if job:
-            save(name, {**job, "tasks": dict.fromkeys(job["tasks"], "CANCELLED")})
+def scancel(*words):
+    only = [word[8:] for word in words if word.startswith("--state=")]
+    for name in words:
+        if job := jobs().get(name):
+            ended = {task: state if only and state not in only else "CANCELLED" for task, state in job["tasks"].items()}
+            save(name, {**job, "tasks": ended})
 
 
 def fail(text):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,15 +15,15 @@ import pytest
 from conftest import PRESETS
 from fake_pipeline import fake_plan, fake_run
 
-from rmsweep import cluster, component, execute, hardware, status
+from rmsweep import cluster, collect, component, execute, intake, status
 from rmsweep.claims import Claims
-from rmsweep.cli import main, slot
-from rmsweep.engines import Event, Task, _queue, _slot
-from rmsweep.engines.local import Local
+from rmsweep.cli import main
+from rmsweep.engines import _queue, _slot, slurm
 from rmsweep.engines.slurm import Slurm
 from rmsweep.errors import ConfigError, RmsweepError, StoreError
 from rmsweep.plan import sweep_folder
-from rmsweep.slots import Diary, Note, Slots
+from rmsweep.progress import Progress
+from rmsweep.slots import Job, Note, Slots
 from rmsweep.store import Store
 
 pytest.importorskip("submitit")
@@ -76,28 +77,25 @@ def nodes(site, monkeypatch):
 
 def engine(**fields):
     fields = {"slots": 2, "cpus_per_slot": 1, "time_minutes": 60, **fields}
-    return dataclasses.replace(Slurm(), **{"poll_seconds": 0.5, **fields})
+    return dataclasses.replace(Slurm(), **{"poll_seconds": 0.0, **fields})
 
 
 @contextlib.contextmanager
-def driver(root, plan, **fields):
+def driver(root, plan, retry=frozenset(), **fields):
     """A driver that has planned, as cluster.run makes it."""
     store, files = Store(root, heal=True), Slots(root, plan.name)
     store.prepare()
     files.prepare()
     with Claims(store.folder / "claims") as claims:
         execute.write_plan(plan, sweep_folder(root, plan.name), claims)
-        pending = execute.pending_cells(plan.cells, store, frozenset(), plan.keep)
-        yield cluster._Driver(plan, root, engine(**fields), store, claims, files, pending, WORK, show=False)
-
-
-def step(driver):
-    driver.step(driver.left())
+        todo = cluster._Todo(store, execute.pending_cells(plan.cells, store, retry, plan.keep))
+        bar = Progress(plan.name, len(todo.cells), None, show=False)
+        yield cluster._Driver(plan, root, engine(**fields), claims, files, todo, bar, WORK)
 
 
 def note(driver, task, end=None, restart=0, message="", computed=0, **in_flight):
     """What a slot would have written."""
-    said = Note(task, restart, "n1", computed, in_flight, end, message)
+    said = Note(task, restart, "n1", computed, in_flight, end, message, *driver._order)
     path = driver.files.notes_folder / f"{task}.{restart}.json"
     path.write_text(json.dumps(said._asdict()))
 
@@ -114,20 +112,93 @@ def test_the_same_command_again_adopts(site, tmp_path):
     plan = fake_plan(6)
     for _ in range(3):
         with driver(tmp_path, plan) as one:
-            step(one)
-            step(one)
+            one.step()
+            one.step()
     assert len(site.calls("sbatch")) == 1 and len(site.tasks()) == 2
 
 
-@pytest.mark.parametrize("fault", ["lose_reply", "garble"])
+def test_two_drivers_at_once(site, tmp_path):
+    """Catches two drivers that both find nothing in the queue and both submit: one waits until the other has."""
+    site.wrong(slow=0.5)
+    with driver(tmp_path, fake_plan(6)) as one, driver(tmp_path, fake_plan(6)) as two:
+        threads = [threading.Thread(target=each.step) for each in (one, two)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert one.n_live == two.n_live == 2 and not one.notes + two.notes
+    assert len(site.calls("sbatch")) == 1
+
+
+def test_a_look_that_is_older_than_the_submission(site, tmp_path):
+    """Catches jobs counted as gone because the last look at the queue was before them."""
+    with driver(tmp_path, fake_plan(6), poll_seconds=30.0) as one:
+        for _ in range(3):
+            one.step()
+        assert one.n_live == 2
+    with driver(tmp_path, fake_plan(6), poll_seconds=30.0) as two:
+        two.step()
+        assert two.n_live == 2
+    assert len(site.calls("sbatch")) == 1 and len(site.calls("squeue")) == 1
+
+
+def test_after_a_lost_reply_the_queue_is_asked_anew(site, tmp_path):
+    """Catches a driver that comes back, takes the look from before the submission for now, and submits again."""
+    site.wrong(lose_reply=1)
+    for _ in range(2):
+        with driver(tmp_path, fake_plan(6), poll_seconds=30.0) as one:
+            one.step()
+    assert len(site.calls("sbatch")) == 1 and len(site.calls("squeue")) == 2
+
+
+def test_a_status_does_not_hide_a_submission_under_way(site, tmp_path):
+    """Catches a look of `status`, taken while sbatch worked, that a driver then decides on."""
+    files = Slots(tmp_path, "s")
+    files.prepare()
+    with contextlib.suppress(ZeroDivisionError), files.submitting():
+        files.look(fresh=True)
+        raise ZeroDivisionError
+    files.look()
+    files.poll()
+    files.poll()
+    assert len(site.calls("squeue")) == 2
+
+
+def test_ctrl_c_does_not_reach_sbatch(site, tmp_path):
+    """Catches an sbatch that a Ctrl-C in the terminal kills half-way: the signals wait until it has ended."""
+    with driver(tmp_path, fake_plan(6)) as one:
+        one.step()
+    blocked = json.loads((site.folder / "blocked.json").read_text())
+    assert {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} <= set(blocked)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_an_sbatch_that_does_not_end(site, tmp_path, monkeypatch):
+    """Catches a driver that hangs with it, and one that submits beside it; what it submitted in the end is found."""
+    monkeypatch.setattr(slurm, "SECONDS", 0.3)
+    site.wrong(slow=1.5)
+    with driver(tmp_path, fake_plan(6)) as one:
+        one.step()
+        one.step()
+        assert [text for text in one.notes if "not ended within" in text] and len(site.calls("sbatch")) == 1
+        deadline = time.monotonic() + 30
+        while any(thread.name == slurm.THREAD for thread in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        one.step()
+        assert one.n_live == 2
+    assert len(site.calls("sbatch")) == 1
+
+
+@pytest.mark.parametrize("fault", ["lose_reply", "garble", "mute"])
 def test_a_lost_reply(site, tmp_path, fault):
     """Catches jobs submitted twice because sbatch's answer did not come; the found slots get what they are to run."""
     site.wrong(**{fault: 1})
     with driver(tmp_path, fake_plan(6)) as one:
-        step(one)
+        one.step()
         assert not one.files.jobs()
-        step(one)
-        step(one)
+        one.step()
+        one.step()
         assert list(one.files.jobs()) == ["101"] and any("found again" in text for text in one.notes)
         for task in site.tasks():
             assert (one.files.folder / f"{task}_submitted.pkl").exists()
@@ -137,10 +208,10 @@ def test_a_lost_reply(site, tmp_path, fault):
 def test_a_driver_killed_between_sbatch_and_its_record(site, tmp_path):
     """Catches a job that nobody remembers: the queue has its name."""
     with driver(tmp_path, fake_plan(6)) as one:
-        step(one)
+        one.step()
         (one.files.folder / "jobs" / "101.json").unlink()
     with driver(tmp_path, fake_plan(6)) as two:
-        step(two)
+        two.step()
         assert list(two.files.jobs()) == ["101"]
     assert len(site.calls("sbatch")) == 1
 
@@ -149,12 +220,12 @@ def test_array_limits(site, tmp_path):
     """Catches arrays above the site's MaxArraySize, and slots above what may be submitted: the rest comes later."""
     site.wrong(max_array=3, max_submit=7)
     with driver(tmp_path, fake_plan(20), slots=8) as one:
-        step(one)
+        one.step()
         assert [len(job["tasks"]) for job in site.jobs().values()] == [3, 3, 1]
         site.wrong(max_array=3)
-        step(one)
+        one.step()
         assert len(site.tasks()) == 8
-        step(one)
+        one.step()
     assert len(site.tasks()) == 8
 
 
@@ -164,18 +235,25 @@ def test_a_site_that_does_not_say_its_limit(site, tmp_path, monkeypatch):
     site.wrong(max_array=3)
     with driver(tmp_path, fake_plan(20), slots=5) as one:
         for _ in range(4):
-            step(one)
+            one.step()
     assert len(site.tasks()) == 5 and max(len(job["tasks"]) for job in site.jobs().values()) <= 3
 
 
 def test_duplicate_ids(site, tmp_path):
-    """A task listed twice is one slot; a job id that comes again is one job."""
+    """A task listed twice is one slot; a job id that Slurm gives a second time is the new job, in the new round."""
     site.wrong(twice=True, duplicate="7")
     with driver(tmp_path, fake_plan(6)) as one:
+        one.step()
+        site.states(all="COMPLETED")
+        site.wrong(duplicate="7")
+        for _ in range(2):
+            one.step()
+        site.wrong(twice=True, duplicate="7")
         for _ in range(3):
-            step(one)
-        assert list(one.files.jobs()) == ["7"]
-    assert len(site.calls("sbatch")) == 1
+            one.step()
+        assert [(job.id, job.n_slots, job.round) for job in one.files.jobs().values()] == [("7", 2, 2)]
+        assert one.n_live == 2 and not one.n_missing
+    assert len(site.calls("sbatch")) == 2
 
 
 def test_sbatch_refuses(site, tmp_path):
@@ -189,7 +267,7 @@ def test_what_is_asked_for(site, tmp_path):
     """Catches options that do not arrive at sbatch."""
     fields = {"partition": "gpu", "account": "me", "qos": "q", "constraint": "a100|h100", "gpus_per_slot": 2}
     with driver(tmp_path, fake_plan(6), **fields, memory_gib=3.5, cpus_per_slot=6, signal_seconds=90) as one:
-        step(one)
+        one.step()
     (job,) = site.jobs().values()
     wanted = {"partition": "gpu", "account": "me", "qos": "q", "constraint": "'a100|h100'", "gres": "gpu:2"}
     wanted |= {"mem": "3584M", "cpus-per-task": "6", "time": "60", "signal": "B:USR2@90", "requeue": "", "nodes": "1"}
@@ -201,8 +279,9 @@ def test_no_words_of_a_config_reach_a_shell(tmp_path):
     for field in ("partition", "account", "qos", "constraint"):
         with pytest.raises(ConfigError, match=field):
             component.build("engine", {"kind": "slurm", field: "a\nrm -rf x"})
-    with pytest.raises(ConfigError, match="control characters"):
-        cluster.run(fake_plan(1), tmp_path / "a\nb", engine(), progress=False)
+    for name in ("a\nb", "a\\b", "a%b"):
+        with pytest.raises(ConfigError, match="control characters"):
+            cluster.run(fake_plan(1), tmp_path / name, engine(), progress=False)
 
 
 def test_fields_that_contradict(tmp_path):
@@ -230,44 +309,161 @@ def test_presets_of_sites_are_data():
 def test_strange_states_count_as_live(site, tmp_path, state):
     """Catches slots submitted beside those in a state that nobody has heard of."""
     with driver(tmp_path, fake_plan(6)) as one:
-        step(one)
+        one.step()
         site.states(all=state)
         for _ in range(3):
-            step(one)
+            one.step()
     assert len(site.calls("sbatch")) == 1
 
 
 def test_a_queue_that_does_not_answer(site, tmp_path):
     """Catches a decision on no answer."""
     with driver(tmp_path, fake_plan(6)) as one:
-        step(one)
+        one.step()
         site.wrong(silent=True)
         for _ in range(3):
-            step(one)
+            one.step()
         site.wrong()
-        step(one)
+        one.step()
     assert len(site.calls("sbatch")) == 1 and len(site.calls("squeue")) == 5
+
+
+def test_a_queue_that_does_not_answer_is_not_asked_by_every_status(site, tmp_path):
+    """Catches a squeue for every `rmsweep status` while Slurm is down."""
+    with driver(tmp_path, fake_plan(6)) as one:
+        one.step()
+        site.wrong(silent=True)
+        one.step()
+        for _ in range(5):
+            text = status.render(status.summarise(tmp_path, "s"))
+    assert "squeue does not answer" in text and len(site.calls("squeue")) == 2
+
+
+def test_accounting_that_is_silent_once(site, tmp_path):
+    """Catches a slot that nobody replaces, and a cause that is lost, because sacct did not answer at the first look."""
+    plan = fake_plan(6)
+    with driver(tmp_path, plan, slots=3) as one:
+        one.step()
+        note(one, "101_1", **{plan.cells[0].fingerprint: 1.0})
+        site.states(t101_1="GONE", accounting={"101_1": "TIMEOUT"})
+        site.wrong(no_sacct=True)
+        one.step()
+        site.wrong()
+        one.step()
+        one.step()
+        assert one._ends["101_1"] == "TIMEOUT" and any("101_1 ran into its time limit" in text for text in one.notes)
+    assert [len(job["tasks"]) for job in site.jobs().values()] == [3, 1] and len(site.calls("sacct")) == 2
+
+
+def test_deaths_outlive_the_driver(site, tmp_path):
+    """Catches a cell that kills a slot in every driver's life and is never given up."""
+    plan = fake_plan(6)
+    suspect = plan.cells[2].fingerprint
+    for n in range(2):
+        with driver(tmp_path, plan, slots=6) as one:
+            one.step()
+            note(one, f"101_{n}", **{suspect: 0.5})
+            site.states(**{f"t101_{n}": "FAILED"})
+    with driver(tmp_path, plan, slots=6) as last:
+        last.step()
+        state = last.todo.store.states([suspect])[suspect]
+    assert (state.status, state.cause) == ("failed", "bug")
+
+
+def test_cells_to_retry_do_not_wait_for_slots_that_know_nothing_of_them(site, tmp_path, monkeypatch):
+    """Catches `retry` behind slots of an earlier command that are still pending; no more than the cells need."""
+    monkeypatch.setenv("FAKE_FAULTS", json.dumps({"1": "raise", "2": "raise"}))
+    plan = fake_plan(8)
+    fake_run(plan.__class__(**{**vars(plan), "cells": plan.cells[:4]}), tmp_path)
+    with driver(tmp_path, plan, slots=4) as one:
+        one.step()
+    failed = frozenset(plan.cells[i].fingerprint for i in (1, 2))
+    with driver(tmp_path, plan, failed, slots=4) as again:
+        for _ in range(3):
+            again.step()
+        assert again.todo.again.keys() == failed
+    jobs = list(site.jobs().values())
+    assert [len(job["tasks"]) for job in jobs] == [4, 2]
+
+
+def test_slots_that_wait_when_nothing_is_left(site, tmp_path, monkeypatch):
+    """Catches slots that still come, one by one, to a sweep that is finished; those at work end by themselves."""
+    monkeypatch.setattr(cluster, "LOOK", 0.05)
+    with driver(tmp_path, fake_plan(6), slots=3) as one:
+        one.step()
+        site.states(t101_0="RUNNING")
+        fake_run(fake_plan(6), tmp_path)
+        assert one.watch() is None and not one.left()
+    assert site.tasks() == {"101_0": "RUNNING", "101_1": "CANCELLED", "101_2": "CANCELLED"}
+
+
+def test_another_way_to_the_same_root_finds_the_same_jobs(site, tmp_path):
+    """Catches slots submitted twice where a root is mounted under two paths; a copy has slots of its own."""
+    with driver(tmp_path / "a", fake_plan(6)) as one:
+        one.step()
+        name = one.files.name
+    shutil.copytree(tmp_path / "a", tmp_path / "copy", symlinks=True)
+    (tmp_path / "a").rename(tmp_path / "b")
+    with driver(tmp_path / "b", fake_plan(6)) as two:
+        two.step()
+        assert two.files.name == name
+    assert len(site.calls("sbatch")) == 1
+    files = Slots(tmp_path / "copy", "s")
+    assert files.name != name
+    files.prepare()
+    assert Slots(tmp_path / "copy", "s").name == files.name != name
+
+
+def test_a_found_job_keeps_the_record_that_its_driver_wrote(site, tmp_path):
+    """Catches a driver that cannot see the other's record yet (NFS) and writes a poorer one over it."""
+    files = Slots(tmp_path, "s")
+    files.prepare()
+    files.record(Job("7", 3, 4.0, "p", "r", 2))
+    files.record_found(Job("7", 1, None))
+    assert files.jobs()["7"] == Job("7", 3, 4.0, "p", "r", 2)
+
+
+def test_gc_takes_what_slots_left(site, tmp_path):
+    """Catches pickles and notes that stay for ever, and gc under a slot that lives or where the queue is not known."""
+    with driver(tmp_path, fake_plan(6)) as one:
+        one.step()
+        note(one, "101_0", "done")
+        one.files.log("101_0").write_text("what it said")
+        left = set(one.files.leftovers())
+    kinds = ("101_0_submitted.pkl", "101_submission.sh", "101.json", "101_0.0.json", one._order.plan)
+    assert {path.name for path in left} >= set(kinds)
+    assert not collect.collect(tmp_path).removed.get(collect.SLOTS)
+    site.states(all="COMPLETED")
+    site.wrong(silent=True)
+    found = collect.collect(tmp_path)
+    assert not found.removed.get(collect.SLOTS) and any("may be alive" in text for text in found.notes)
+    site.wrong()
+    assert {item.path for item in collect.collect(tmp_path).removed[collect.SLOTS]} >= left
+    assert not list(one.files.leftovers()) and one.files.log("101_0").exists()
+    with driver(tmp_path, fake_plan(6)) as two:
+        two.step()
+        assert two.n_live == 2
 
 
 @pytest.mark.parametrize("state", ["FAILED", "CANCELLED by 0", "NODE_FAIL", "PREEMPTED"])
 def test_a_slot_that_is_lost_is_replaced(site, tmp_path, state):
     """One for one while others are at work; Catches a sweep that goes on with ever fewer slots."""
     with driver(tmp_path, fake_plan(6), slots=3) as one:
-        step(one)
+        one.step()
         site.states(t101_1=state)
         for _ in range(3):
-            step(one)
+            one.step()
     assert [len(job["tasks"]) for job in site.jobs().values()] == [3, 1]
 
 
 def test_a_slot_that_is_not_requeued_is_replaced(site, tmp_path):
     """Its time was over, the site has no requeue, and it ended as COMPLETED: catches a sweep with ever fewer slots."""
     with driver(tmp_path, fake_plan(6), slots=3) as one:
-        step(one)
+        one.step()
         note(one, "101_1", "time", computed=2)
         site.states(t101_1="COMPLETED")
         for _ in range(3):
-            step(one)
+            one.step()
     assert [len(job["tasks"]) for job in site.jobs().values()] == [3, 1]
 
 
@@ -288,46 +484,49 @@ def test_a_node_that_kills_every_slot_is_not_fed(site, tmp_path):
     """Catches endless submitting to a broken node while one slot lives elsewhere."""
     with driver(tmp_path, fake_plan(40), slots=4) as one:
         for _ in range(40):
-            step(one)
+            one.step()
             site.states(**{f"t{task}": "RUNNING" if task == "101_0" else "FAILED" for task in site.tasks()})
-        assert not one._over and any("in a row ended without a cell" in text for text in one.notes)
+        assert not one.is_over and any("ended without a cell" in text for text in one.notes)
     assert len(site.tasks()) <= 4 + cluster.FRUITLESS * 4 + 4
 
 
 def test_rounds_in_which_nothing_was_taken_do_not_count(site, tmp_path):
     """Catches a driver that gives up on its slots because the site was full for a while."""
     with driver(tmp_path, fake_plan(6)) as one:
-        step(one)
+        one.step()
         site.states(all="COMPLETED")
         site.wrong(max_submit=0)
         for _ in range(10):
-            step(one)
-        assert not one._over
+            one.step()
+        assert not one.is_over
+        refused = len(site.calls("sbatch")) - 1
+        assert refused <= 2 + 4, "a full site is asked ever more seldom"
         site.wrong()
-        step(one)
-    assert len(site.jobs()) == 2
+        for _ in range(intake.LONGEST + 1):
+            one.step()
+    assert len(site.tasks()) == 4
 
 
 def test_the_time_is_noted_before_the_job_has_ended(site, tmp_path):
     """The common order: the note first, COMPLETED at a later look. Catches a slot that is then never replaced."""
     with driver(tmp_path, fake_plan(6), slots=3) as one:
-        step(one)
+        one.step()
         site.states(all="RUNNING")
         note(one, "101_1", "time", computed=2)
-        step(one)
+        one.step()
         site.states(t101_1="COMPLETED")
-        step(one)
-        step(one)
+        one.step()
+        one.step()
     assert [len(job["tasks"]) for job in site.jobs().values()] == [3, 1]
 
 
 def test_memory_doubles_once_for_many_slots(site, tmp_path):
     """Catches memory that is doubled for every slot that ran out of it, and for one that had done its work."""
     with driver(tmp_path, fake_plan(6), slots=4, memory_gib=4.0, max_memory_gib=256.0) as one:
-        step(one)
+        one.step()
         note(one, "101_3", "done", computed=3)
         site.states(all="OUT_OF_MEMORY")
-        step(one)
+        one.step()
     assert [job["options"]["mem"] for job in site.jobs().values()] == ["4096M", "8192M"]
 
 
@@ -341,7 +540,7 @@ def test_cancelled_between_the_look_and_the_submission(site, tmp_path):
             return submit(*arguments)
 
         object.__setattr__(one.engine, "submit", late)
-        step(one)
+        one.step()
     assert set(site.tasks().values()) == {"CANCELLED"}
 
 
@@ -350,35 +549,24 @@ def test_a_full_site_is_no_error(site, tmp_path):
     limit = "sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: "
     site.wrong(refuse=limit + "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)")
     with driver(tmp_path, fake_plan(6)) as one:
-        step(one)
+        one.step()
         assert not site.jobs()
         site.wrong()
-        step(one)
+        one.step()
     assert len(site.tasks()) == 2
-
-
-def test_the_end_of_a_slot_outlives_a_slow_write(tmp_path, monkeypatch):
-    """Catches a late note of cells in flight over the one that says how the slot ended, and notes without news."""
-    written = []
-    monkeypatch.setattr("rmsweep.slots.atomic.note", lambda path, data: written.append(json.loads(data)))
-    diary = Diary(tmp_path, "5_0", 0)
-    diary.told(["a"])
-    diary.ended("time", 7)
-    diary._write({})
-    assert [(n["end"], n["computed"]) for n in written[-2:]] == [("time", 7)] * 2
 
 
 def test_slots_that_store_nothing(site, tmp_path):
     """Catches endless submitting: three rounds without a stored cell are enough, and the log is shown."""
     with driver(tmp_path, fake_plan(6)) as one:
         for _ in range(20):
-            if one._over:
+            if one.is_over:
                 break
-            step(one)
+            one.step()
             for task in site.tasks():
                 one.files.log(task).write_text("ModuleNotFoundError: No module named 'rmsweep'\n")
             site.states(all="FAILED")
-        assert one._over and "stored nothing" in one.notes[-1] and "ModuleNotFoundError" in one.notes[-1]
+        assert one.is_over and "stored nothing" in one.notes[-1] and "ModuleNotFoundError" in one.notes[-1]
     assert len(site.calls("sbatch")) == 3
 
 
@@ -386,10 +574,10 @@ def test_without_accounting_a_slot_that_is_gone_is_gone(site, tmp_path):
     """Catches waiting for ever for the end of a job that Slurm has forgotten."""
     site.wrong(no_sacct=True)
     with driver(tmp_path, fake_plan(6)) as one:
-        step(one)
+        one.step()
         site.states(all="GONE")
         for _ in range(3):
-            step(one)
+            one.step()
     assert len(site.calls("sbatch")) == 2
 
 
@@ -413,15 +601,15 @@ def test_more_memory(site, tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_FAULTS", json.dumps({"1": "short"}))
     plan = fake_plan(3)
     with driver(tmp_path, plan, memory_gib=4.0, max_memory_gib=8.0) as one:
-        step(one)
+        one.step()
         fake_run(plan, tmp_path)
         assert one.left() == {plan.cells[1].fingerprint}
         site.states(all="COMPLETED")
-        step(one)
-        step(one)
+        one.step()
+        one.step()
         assert [job["options"]["mem"] for job in site.jobs().values()] == ["4096M", "8192M"]
-        assert "--retry" in " ".join(one._slot_of(0).arguments)
-        fake_run(plan, tmp_path, retry=frozenset(one.cells))
+        assert "--retry" in " ".join(one._slot().arguments)
+        fake_run(plan, tmp_path, retry=frozenset(one.todo.cells))
         assert not one.left()
     assert Store(tmp_path).states([plan.cells[1].fingerprint])[plan.cells[1].fingerprint].cause == "oom"
 
@@ -429,9 +617,9 @@ def test_more_memory(site, tmp_path, monkeypatch):
 def test_a_slot_killed_for_its_memory(site, tmp_path):
     """OUT_OF_MEMORY: the next slots get more."""
     with driver(tmp_path, fake_plan(6), memory_gib=4.0, max_memory_gib=6.0) as one:
-        step(one)
+        one.step()
         site.states(all="OUT_OF_MEMORY")
-        step(one)
+        one.step()
     assert [job["options"]["mem"] for job in site.jobs().values()] == ["4096M", "6144M"]
 
 
@@ -450,18 +638,18 @@ def test_causes(site, tmp_path, end, state, cause, words, times):
     """A cell that was in flight whenever its slot ended is given up as at home, with the cause; others are not."""
     plan = fake_plan(6)
     suspect, late = plan.cells[2].fingerprint, plan.cells[3].fingerprint
-    with driver(tmp_path, plan) as one:
-        step(one)
-        for turn in range(times):
+    with driver(tmp_path, plan, slots=6) as one:
+        one.step()
+        for n in range(times):
+            one.step()
             assert suspect in one.left()
-            note(one, "101_0", end, turn, **{suspect: 0.95, **({late: 0.1} if cause == "timeout" else {})})
-            note(one, "101_0", None, turn + 1)
-            site.states(t101_0=state)
-            if state != "PENDING":
-                (one.files.notes_folder / f"101_0.{turn + 1}.json").unlink()
-                one._ended.discard("101_0")
-            step(one)
-        states = one.store.states(one.cells)
+            task, turn = ("101_0", n) if state == "PENDING" else (f"101_{n}", 0)
+            note(one, task, end, turn, **{suspect: 0.95, **({late: 0.1} if cause == "timeout" else {})})
+            if state == "PENDING":
+                note(one, task, None, turn + 1)
+            site.states(**{f"t{task}": state})
+        one.step()
+        states = one.todo.store.states(one.todo.cells)
     assert list(states) == [suspect] and states[suspect].cause == cause and words in states[suspect].reason
 
 
@@ -469,12 +657,12 @@ def test_two_slots_in_a_row_fail_a_cell_and_it_says_where(site, tmp_path):
     """The reason names slot and host, so that its log is found."""
     plan = fake_plan(2)
     with driver(tmp_path, plan, slots=1) as one:
-        step(one)
+        one.step()
         for turn in range(2):
             note(one, "101", "time", turn, **{plan.cells[0].fingerprint: 1.0})
             note(one, "101", None, turn + 1)
-            step(one)
-        reason = one.store.states(one.cells)[plan.cells[0].fingerprint].reason
+            one.step()
+        reason = one.todo.store.states(one.todo.cells)[plan.cells[0].fingerprint].reason
     assert reason == "slot 101 on n1 ran into its time limit, 2 times with this cell"
 
 
@@ -482,36 +670,36 @@ def test_two_slots_in_a_row_fail_a_cell_and_it_says_where(site, tmp_path):
 def test_a_slot_that_refuses_ends_the_driver(site, tmp_path, end, error):
     """Catches submitting again and again what no slot will run."""
     with driver(tmp_path, fake_plan(6)) as one:
-        step(one)
+        one.step()
         note(one, "101_0", end, message="the code of train has changed")
         site.states(t101_0="FAILED")
         with pytest.raises(error, match="slot 101_0 on n1: the code of train has changed"):
-            step(one)
+            one.step()
     assert len(site.calls("sbatch")) == 1
 
 
 def test_one_bad_node_ends_no_driver(site, tmp_path):
     """Catches a full disk or another code on one node that ends every driver while slots work elsewhere."""
     with driver(tmp_path, fake_plan(6), slots=3) as one:
-        step(one)
+        one.step()
         site.states(t101_0="FAILED", t101_1="RUNNING")
         note(one, "101_0", "store", message="No space left on device")
-        step(one)
+        one.step()
         assert any("No space left" in text for text in one.notes)
     with driver(tmp_path, fake_plan(6), slots=3) as again:
-        step(again)
+        again.step()
         site.states(all="COMPLETED")
-        step(again)
+        again.step()
 
 
 def test_slots_of_a_smaller_grid_do_not_hold_up_the_larger_one(site, tmp_path):
     """Catches new cells that wait for slots which know nothing of them; the old ones stay and are told of."""
     with driver(tmp_path, fake_plan(2)) as one:
-        step(one)
+        one.step()
         site.states(all="RUNNING")
     with driver(tmp_path, fake_plan(8)) as larger:
-        step(larger)
-        step(larger)
+        larger.step()
+        larger.step()
         assert any("earlier command" in text for text in larger.notes)
     assert [len(job["tasks"]) for job in site.jobs().values()] == [2, 2]
 
@@ -519,18 +707,18 @@ def test_slots_of_a_smaller_grid_do_not_hold_up_the_larger_one(site, tmp_path):
 def test_a_command_that_asks_for_more_slots_gets_them(site, tmp_path):
     """Catches slots that were lost, or asked for since, and never come while one is alive."""
     with driver(tmp_path, fake_plan(12), slots=2) as one:
-        step(one)
+        one.step()
         site.states(t101_0="RUNNING", t101_1="FAILED")
     with driver(tmp_path, fake_plan(12), slots=5) as more:
-        step(more)
-        step(more)
+        more.step()
+        more.step()
     assert sum(state in ("RUNNING", "PENDING") for state in site.tasks().values()) == 5
 
 
 def test_no_slot_without_work_for_its_workers(site, tmp_path):
     """Catches a slot for every cell where each slot has many workers."""
     with driver(tmp_path, fake_plan(12), slots=8, cpus_per_slot=8) as one:
-        step(one)
+        one.step()
     assert len(site.tasks()) == 2
 
 
@@ -541,7 +729,7 @@ def test_the_users_own_defaults_do_not_undo_ours(site, tmp_path, monkeypatch):
         submit, seen = one.engine.submit, []
         monkeypatch.setattr("submitit.SlurmExecutor.submit_array", lambda *a: seen.append(dict(os.environ)) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            submit(one._slot_of(0), "s", one.files.folder, 1, None)
+            submit(one._slot(), "s", one.files.folder, 1, None)
     assert "SBATCH_JOB_NAME" not in seen[0] and os.environ["SBATCH_JOB_NAME"] == "mine"
 
 
@@ -551,8 +739,8 @@ def test_found_slots_get_what_they_are_to_run(site, tmp_path):
 
     site.wrong(lose_reply=1)
     with driver(tmp_path, fake_plan(6)) as one:
-        step(one)
-        step(one)
+        one.step()
+        one.step()
         found = DelayedSubmission.load(one.files.folder / "101_0_submitted.pkl").function
         assert isinstance(found, _slot.Slot) and "s" in found.arguments
 
@@ -561,63 +749,35 @@ def test_a_refused_array_leaves_no_files(site, tmp_path):
     """Catches what was prepared for every slot and is never used: thousands of files where the site is full."""
     with driver(tmp_path, fake_plan(6)) as one:
         site.wrong(max_submit=0)
-        step(one)
-        step(one)
+        one.step()
+        one.step()
         assert not list(one.files.folder.glob("*.pkl")) + list(one.files.folder.glob(".submission_file*"))
         site.wrong()
-        step(one)
+        one.step()
+        one.step()
     assert len(site.tasks()) == 2
 
 
 def test_slots_of_an_earlier_command_do_not_end_this_one(site, tmp_path):
     """Code changed, planned anew, and slots of before still refuse: catches a driver that takes it for its own."""
     with driver(tmp_path, fake_plan(6)) as one:
-        step(one)
+        one.step()
         said = Note("101_0", 0, "n1", 0, {}, "refused", "the code of train has changed", "0" * 24)
         (one.files.notes_folder / "101_0.0.json").write_text(json.dumps(said._asdict()))
         site.states(t101_0="FAILED")
-        step(one)
+        one.step()
     assert [len(job["tasks"]) for job in site.jobs().values()] == [2, 1]
-
-
-def test_changed_code_is_refused_by_the_slot(tmp_path, monkeypatch):
-    """The real check: a slot that starts after the code changed computes nothing and says why, in its note too."""
-    plan = _real_plan()
-    code = json.loads(plan.cells[0].code)
-    old = plan.cells[0]._replace(code=json.dumps({**code, "train": "0" * 16}))
-    files = Slots(tmp_path, "s")
-    files.prepare()
-    name = files.snapshot(dataclasses.replace(plan, cells=[old]))
-    monkeypatch.setattr(slot.signal, "signal", lambda *_: None)
-    rest = ["--plan", name, "--of", "1", "--first", "0", "--task", "9", "--restart", "0", "--workers", "0"]
-    assert slot.main([str(tmp_path), "s", *rest, "--work", "rmsweep.runner:pipeline"]) == 1
-    (said,) = files.notes()
-    assert said.end == "refused" and "code of train has changed" in said.message
-    assert not list((tmp_path / "store" / "results").iterdir())
-
-
-def _real_plan():
-    """A plan of one real cell that has not been computed."""
-    from rmsweep.grid import describe
-    from rmsweep.planner import make
-
-    node = {
-        "name": "s",
-        "set": {"size": "tiny", "reward_model": "bt_linear", "n_annotations": 40},
-        "axes": {"seed": [7]},
-    }
-    return make(describe(node), PRESETS)
 
 
 def test_cancel(site, tmp_path, monkeypatch, capsys):
     """scancel of the sweep's jobs; the driver that watches stops and submits no more; `run` takes it up again."""
     monkeypatch.setattr(cluster, "LOOK", 0.05)
     with driver(tmp_path, fake_plan(6)) as one:
-        step(one)
+        one.step()
         assert main(["cancel", "s", f"root={tmp_path}"]) == 0
         assert "2 slots cancelled" in capsys.readouterr().out
         assert one.watch() is None and one.left()
-    assert site.calls("scancel") == ["scancel 101"] and set(site.tasks().values()) == {"CANCELLED"}
+    assert set(site.calls("scancel")) == {"scancel 101"} and set(site.tasks().values()) == {"CANCELLED"}
     assert len(site.calls("sbatch")) == 1
     assert cluster.run(fake_plan(6), tmp_path, engine(), detach=True, work=WORK) is None
     assert len(site.calls("sbatch")) == 2
@@ -626,11 +786,11 @@ def test_cancel(site, tmp_path, monkeypatch, capsys):
 def test_status_shows_slots(site, tmp_path):
     """Running and waiting, where, and with how many cells in hand."""
     with driver(tmp_path, fake_plan(6)) as one:
-        step(one)
+        one.step()
         assert "2 pending (just submitted)" in status.render(status.summarise(tmp_path, "s"))
         site.states(t101_0="RUNNING")
         note(one, "101_0", a=0.1, b=0.2)
-        one.files.poll()
+        one.files.poll(0)
     text = status.render(status.summarise(tmp_path, "s"))
     assert "slots: 1 running, 1 waiting" in text and "101_0  running on n1, 2 cells in flight" in text
     assert "1 pending (Priority)" in text
@@ -679,161 +839,3 @@ def test_detach_needs_a_cluster(tmp_path, capsys):
     """Catches a run that seems to go on by itself."""
     assert main(["run", "size=tiny", f"root={tmp_path}", "--detach"]) == 1
     assert "engine=slurm" in capsys.readouterr().err
-
-
-# -- inside a slot -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("number", "told", "requeued"),
-    [(signal.SIGUSR2, "INT", True), (signal.SIGTERM, "HUP", False), (None, "INT", True)],
-)
-def test_signals_in_a_slot(tmp_path, monkeypatch, number, told, requeued):
-    """The warning and the slot's own clock: publish, then back to the queue. SIGTERM: publish, then wait to be killed,
-    since a job that exits by itself is never requeued."""
-    script = (
-        "import signal, sys, time, pathlib\n"
-        "def end(name): pathlib.Path('told').write_text(name); sys.exit(75)\n"
-        "signal.signal(signal.SIGINT, lambda *_: end('INT')); signal.signal(signal.SIGHUP, lambda *_: end('HUP'))\n"
-        "pathlib.Path('up').touch(); time.sleep(30)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "slots").mkdir()
-    Diary(tmp_path / "slots", "5_0", 0).ended("time", 3)
-    asked, slept = [], []
-    monkeypatch.setattr(_queue, "requeue", lambda name: asked.append(name) or True)
-    monkeypatch.setattr(_slot, "_sleep_until_killed", lambda: slept.append(1))
-    start = _slot.subprocess.Popen
-    monkeypatch.setattr(_slot.subprocess, "Popen", lambda command: start([command[0], "-c", script]))
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
-    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
-    if number is not None:
-        threading.Thread(target=_signal_once_up, args=(tmp_path / "up", number), daemon=True).start()
-    seconds = 3600.0 if number is not None else 27.0
-    before = {n: signal.getsignal(n) for n in (signal.SIGUSR2, signal.SIGTERM)}
-    _slot.Slot((), str(tmp_path / "slots"), seconds, 20.0)()
-    assert (tmp_path / "told").read_text() == told
-    assert asked == (["5_0"] if requeued else []) and slept == [1]
-    assert {n: signal.getsignal(n) for n in before} == before
-
-
-def _signal_once_up(path, number):
-    while not path.exists():
-        time.sleep(0.05)
-    os.kill(os.getpid(), number)
-
-
-def test_a_turn_without_a_cell_is_not_requeued(tmp_path):
-    """Catches a slot that goes back to the queue for ever with a cell that is too long for it; or after a cancel."""
-    supervisor = _slot._Supervisor(_slot.Slot((), str(tmp_path / "slots"), 60.0, 5.0))
-    (tmp_path / "slots").mkdir()
-    assert not supervisor._is_worth_it("5_0", 0)
-    Diary(tmp_path / "slots", "5_0", 0).ended("time", 0)
-    assert not supervisor._is_worth_it("5_0", 0)
-    Diary(tmp_path / "slots", "5_0", 0).ended("time", 1)
-    assert supervisor._is_worth_it("5_0", 0)
-    (tmp_path / _slot.CANCELLED).touch()
-    assert not supervisor._is_worth_it("5_0", 0)
-
-
-def test_the_limits_of_the_job_count(tmp_path, monkeypatch):
-    """A site may give less time than was asked for."""
-    monkeypatch.setenv("SLURM_JOB_START_TIME", "1000")
-    monkeypatch.setenv("SLURM_JOB_END_TIME", "1600")
-    assert _slot._Supervisor(_slot.Slot((), "", 3600.0, 100.0)).seconds == 600 - 100 - _slot.LAG
-
-
-def test_slots_share(tmp_path, monkeypatch):
-    """Catches slots that all begin with the same unit: each begins with its own share."""
-    monkeypatch.setattr(execute.units, "MAX_CELLS", 2)
-    plan, first = fake_plan(8), []
-    for part in range(2):
-        root = tmp_path / str(part)
-        seen = []
-        share = execute.Share(part, 2, 0.0, lambda cells, seen=seen: seen.extend(cells))
-        plan.write(root / "sweeps" / "s")
-        helped = execute.help_with(plan, root, Local(workers=0), share, retry=frozenset(), work=WORK)
-        first.append(seen[0])
-        assert helped.n_computed == 8 and not helped.n_missing
-    assert first == [plan.cells[0].fingerprint, plan.cells[4].fingerprint]
-
-
-def test_a_slot_loses_patience(tmp_path, monkeypatch):
-    """Catches a slot that keeps its node while others finish what they hold."""
-    plan = fake_plan(4)
-    store = Store(tmp_path)
-    store.prepare()
-    with Claims(store.folder / "claims") as others:
-        others.take(cell.fingerprint for cell in plan.cells[:2])
-        share = execute.Share(0, 1, 0.6, lambda cells: None)
-        began = time.monotonic()
-        helped = execute.help_with(plan, tmp_path, Local(workers=0), share, retry=frozenset(), work=WORK)
-    assert helped.n_computed == 2 and helped.n_missing == 2 and 0.5 < time.monotonic() - began < 20
-    assert not (tmp_path / "sweeps/s/results.parquet").exists()
-
-
-def test_a_slot_waits_for_a_bank(tmp_path):
-    """Catches slots that leave while another one still builds what all of them need."""
-    plan = fake_plan(4)
-    plan.write(tmp_path / "sweeps" / "s")
-    store = Store(tmp_path)
-    store.prepare()
-    others = Claims(store.folder / "claims")
-    with others:
-        others.take([f"bank-{plan.cells[0].bank_id}"])
-        threading.Timer(1.5, others.release, [[f"bank-{plan.cells[0].bank_id}"]]).start()
-        share = execute.Share(0, 1, 0.2, lambda cells: None)
-        helped = execute.help_with(plan, tmp_path, Local(workers=0), share, retry=frozenset(), work=WORK)
-    assert helped.n_computed == 4
-
-
-# -- GPUs --------------------------------------------------------------------------------------------------
-
-SMI = """GPU 0: NVIDIA H200 (UUID: GPU-aaaa-1)
-GPU 1: NVIDIA H200 (UUID: GPU-bbbb-2)
-  MIG 1g.18gb     Device  0: (UUID: MIG-cccc-3)
-  MIG 1g.18gb     Device  1: (UUID: MIG-dddd-4)
-"""
-
-
-def test_gpus_of_this_process(monkeypatch):
-    """What Slurm gave counts, else what there is; a divided GPU is its parts."""
-    monkeypatch.setattr(hardware, "_nvidia_smi", lambda *_: SMI)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert hardware.gpus() == ["GPU-aaaa-1", "MIG-cccc-3", "MIG-dddd-4"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
-    assert hardware.gpus() == ["3", "5"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,-1,5")
-    assert hardware.gpus() == ["3"]
-
-
-class Gpus:
-    """A source of tasks that say which GPU their worker sees."""
-
-    def __init__(self, n):
-        self.tasks, self.seen = [Task(f"t{i}", "test_slurm:visible", None) for i in range(n)], {}
-
-    def next(self):
-        return self.tasks.pop() if self.tasks else None
-
-    def waiting(self):
-        return False
-
-    def handle(self, event: Event):
-        pid, gpu = event.data
-        self.seen[pid] = gpu
-
-
-def visible(payload, channel):
-    time.sleep(0.3)
-    return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES")
-
-
-def test_one_worker_per_gpu(monkeypatch):
-    """Catches workers that all take the first GPU; the driver's own environment stays."""
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,7")
-    source = Gpus(6)
-    assert Local().n_workers(10, ["0", "7"]) == 2
-    Local().run(source, 6, gpus=["0", "7"])
-    assert sorted(source.seen.values()) == ["0", "7"] and os.environ["CUDA_VISIBLE_DEVICES"] == "0,7"

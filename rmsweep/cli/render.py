@@ -122,7 +122,7 @@ def slots_text(engine: Any, plan: Plan, states: Mapping[str, str], forecast: For
     text = f"slurm: {n_slots} slots of {engine.cpus_per_slot} CPUs{gpus}{memory}, at most {limit} at a time"
     if not n_slots or forecast is None or not forecast.n_covered or forecast.uncovered:
         return text
-    hours = forecast.hours / (n_slots * engine.n_workers / engine.slots)
+    hours = forecast.hours / (n_slots * engine.workers_per_slot)
     turns = math.ceil(hours * 60 / (engine.time_minutes - engine.signal_seconds / 60))
     return f"{text}: about {number(hours)} h on all of them at once, {turns} turn{'s' * (turns > 1)} each"
 

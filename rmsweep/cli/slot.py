@@ -13,9 +13,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from rmsweep.diary import Diary
 from rmsweep.engines._slot import LEFT, TELL
 from rmsweep.errors import RmsweepError, StoreError
-from rmsweep.slots import Diary, Slots
+from rmsweep.slots import Order, Slots
 
 PATIENCE = 150.0  # seconds: longer than the lease of a claim, so that what a dead slot held is taken over
 
@@ -28,8 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
     files = Slots(args.root, args.sweep)
-    with Diary(files.notes_folder, args.task, args.restart, args.plan) as diary:
+    with Diary(files.notes_folder, args.task, args.restart, Order(args.plan, args.retry)) as diary:
         try:
+            if files.cancelled:  # before this slot began; the driver asks for others where that is no longer so
+                print(f"rmsweep: slot {args.task}: the sweep was cancelled", flush=True)
+                diary.ended("stopped")
+                return 0
             return _work(args, files, diary)
         except RmsweepError as error:
             print(f"rmsweep: {error}", file=sys.stderr, flush=True)
@@ -68,7 +73,7 @@ def _retry(args: argparse.Namespace, files: Slots) -> frozenset[str]:
     """Cells to run again: those of the list that no other slot has tried since."""
     from rmsweep.store import Store
 
-    if args.retry is None:
+    if not args.retry:
         return frozenset()
     before = files.read_retry(args.retry)
     now = Store(args.root).attempts(before)
@@ -100,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--cell-minutes", type=_minutes, default=None)
     parser.add_argument("--bank-minutes", type=_minutes, default=None)
-    parser.add_argument("--retry")
+    parser.add_argument("--retry", default="")
     parser.add_argument("--plugin", action="append", default=[], type=Path)
     return parser
 

@@ -48,7 +48,7 @@ class Task(NamedTuple):
     @property
     def is_live(self) -> bool:
         """Whether it runs or may run yet; states that nobody knows count as live."""
-        return self.state not in ENDS
+        return self.state not in ENDS and self.state != GONE
 
     @property
     def is_running(self) -> bool:
@@ -85,9 +85,9 @@ def ends(ids: Collection[str]) -> dict[str, str]:
     return found
 
 
-def cancel(jobs: Iterable[str]) -> str | None:
-    """Cancel jobs or array tasks; why that failed, or None."""
-    done = _run(["scancel", *sorted(jobs)])
+def cancel(jobs: Iterable[str], *, only_waiting: bool = False) -> str | None:
+    """Cancel jobs, or only their tasks that have not begun; why that failed, or None."""
+    done = _run(["scancel", *(["--state=PENDING"] if only_waiting else []), *sorted(jobs)])
     return None if done is not None and done.returncode == 0 else (done.stderr.strip() if done else "no answer")
 
 

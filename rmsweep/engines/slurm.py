@@ -11,11 +11,15 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
@@ -36,7 +40,11 @@ OPTIONS = (  # of sbatch, as environment variables, that would undo ours
     "SBATCH_ERROR", "SBATCH_TIMELIMIT", "SBATCH_OPEN_MODE",
 )  # fmt: skip
 PYTHON = f"exec {shlex.quote(sys.executable)}"
-UNREADABLE = re.compile(r"[%\x00-\x1f\x7f]")
+UNREADABLE = re.compile(r"[%\\\x00-\x1f\x7f]")
+SECONDS = 120.0  # for sbatch
+THREAD = "rmsweep-sbatch"
+ASKING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP}
+T = TypeVar("T")
 
 
 class Busy(Exception):
@@ -89,9 +97,9 @@ class Slurm:
         return Local(workers=workers, cell_minutes=self.cell_minutes, bank_minutes=self.bank_minutes)
 
     @property
-    def n_workers(self) -> int:
-        """Cells that all slots run at once."""
-        return self.slots * (self.workers or self.gpus_per_slot or self.cpus_per_slot)
+    def workers_per_slot(self) -> int:
+        """Cells that one slot runs at once."""
+        return self.workers or self.gpus_per_slot or self.cpus_per_slot
 
     def more_memory(self, memory_gib: float | None) -> float | None:
         """What the next try of cells that ran out of memory gets; None where there is no more to give."""
@@ -99,12 +107,9 @@ class Slurm:
             return None
         return min(2 * memory_gib, self.max_memory_gib)
 
-    def arrays(self, n_slots: int) -> Iterator[int]:
-        """Sizes of the arrays that `n_slots` slots are submitted in: no larger than the site allows."""
-        most = self.max_array or _queue.max_array() or MAX_ARRAY
-        while n_slots > 0:
-            yield min(most, n_slots)
-            n_slots -= most
+    def most(self) -> int:
+        """Slots in one array, as the site allows."""
+        return self.max_array or _queue.max_array() or MAX_ARRAY
 
     def parameters(self, name: str, memory_gib: float | None, n_slots: int) -> dict[str, Any]:
         """What submitit is told of an array."""
@@ -142,12 +147,12 @@ class Slurm:
         before = {path.name for path in folder.iterdir()}
         try:
             with _without(OPTIONS):
-                jobs = executor.submit_array([slot] * n_slots)
+                jobs = _aside(lambda: executor.submit_array([slot] * n_slots))
         except submitit.core.utils.FailedJobError as error:
-            for path in folder.iterdir():  # what submitit had prepared for every slot
-                if path.name not in before and (path.suffix == ".pkl" or path.name.startswith(".submission_file")):
-                    path.unlink(missing_ok=True)
-            raise _refusal(str(error), n_slots) from None
+            refusal = _refusal(str(error), n_slots)
+            if not isinstance(refusal, Busy):
+                _remove_prepared(folder, before)
+            raise refusal from None
         except submitit.core.utils.FailedSubmissionError as error:
             raise Busy(str(error)) from None
         return str(jobs[0].job_id).partition("_")[0]
@@ -157,11 +162,42 @@ class TooMany(RmsweepError):
     """The site does not take so many tasks at once, or no more at present."""
 
 
+def _aside(submit: Callable[[], T]) -> T:
+    """What `submit` returns or raises; Busy where it takes longer than SECONDS.
+
+    It runs in a thread in which signals wait, and so in the sbatch that it starts: Ctrl-C in a terminal goes to all its
+    processes, and an sbatch killed half-way has perhaps submitted.
+    """
+    if any(thread.name == THREAD for thread in threading.enumerate()):
+        raise Busy("an earlier sbatch has not ended yet")
+    outcome: Future[T] = Future()
+
+    def work() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+        try:
+            outcome.set_result(submit())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name=THREAD, daemon=True).start()
+    try:
+        return outcome.result(SECONDS)
+    except FutureTimeout:
+        raise Busy(f"sbatch has not ended within {SECONDS:g} s") from None
+
+
+def _remove_prepared(folder: Path, before: Collection[str]) -> None:
+    """What submitit had prepared for every slot of an array that was refused."""
+    for path in folder.iterdir():
+        if path.name not in before and (path.suffix == ".pkl" or path.name.startswith(".submission_file")):
+            path.unlink(missing_ok=True)
+
+
 def _refusal(text: str, n_slots: int) -> Exception:
-    """What sbatch meant by its error."""
-    said = " ".join(text.split()) or "no reason given"
-    if any(words in said.lower() for words in BUSY):
-        return Busy(said)
+    """What sbatch meant by its error; one that says nothing was perhaps killed."""
+    said = " ".join(text.split())
+    if not said or any(words in said.lower() for words in BUSY):
+        return Busy(said or "it ended without a word")
     if any(words in said.lower().replace(" ", "") for words in (w.replace(" ", "") for w in TOO_MANY)):
         return TooMany(f"sbatch takes no array of {n_slots}: {said}")
     return ConfigError(f"engine=slurm: sbatch refused: {said}")
@@ -180,7 +216,9 @@ def _without(names: Sequence[str]) -> Iterator[None]:
 def check_folder(folder: Path) -> None:
     """Refuse a path that a batch script or Slurm's file patterns would read otherwise."""
     if UNREADABLE.search(str(folder)):
-        raise ConfigError(f"root: {str(folder)!r} holds % or control characters, which a batch script cannot name")
+        raise ConfigError(
+            f"root: {str(folder)!r} holds %, a backslash or control characters, which a batch script cannot name"
+        )
 
 
 def restore(folder: Path, slot: Slot, ids: list[str]) -> None:
