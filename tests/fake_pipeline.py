@@ -1,12 +1,14 @@
 """A cheap stand-in for the real pipeline, named by import path from tests only; it never loads torch.
 
 Its numbers are a pure function of the cell's config. Environment variables (workers inherit them) say how a run goes:
-FAKE_LEDGER: a folder that gets one file per computed cell and per built bank. FAKE_SECONDS: how long a cell takes.
+FAKE_LEDGER: a folder that gets one file per computed cell and per built bank, naming the GPUs that were to be seen.
+FAKE_SECONDS: how long a cell takes.
 FAKE_FAULTS: JSON, seed -> raise | diverge | skip | die | segfault | terminated | stray_column | slow | hang | hog |
 short | data, and the same with _once; "bank" -> raise | die | hang; "open" -> how often opening
 a bank fails. FAKE_HOG: bytes that hog takes.
 """
 
+import functools
 import json
 import os
 import signal
@@ -73,6 +75,10 @@ class Fake:
             metrics, rng.random(4).astype(np.float32), {"annotate": 0.0, "train": 0.0, "evaluate": 0.0}, kept
         )
 
+    def run_cells(self, configs, bank, compute, cache, keep):
+        for i, config in enumerate(configs):
+            yield i, functools.partial(self.run, config, bank, compute, cache, keep)
+
 
 WORK = Fake()
 HOGGED, OPENED = [], []
@@ -112,7 +118,7 @@ def apply(fault, seed):
 
 def note(what):
     if folder := os.environ.get("FAKE_LEDGER"):
-        (Path(folder) / f"{what}-{uuid.uuid4().hex}").touch()
+        (Path(folder) / f"{what}-{uuid.uuid4().hex}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 
 
 def fake_plan(n_seeds=6, betas=(1.0,), name="s", worlds=(0,), keep="none", exclude=()):

@@ -1,5 +1,6 @@
 """A real Slurm on this machine, two emulated nodes: a sweep survives what a cluster does to it, bit for bit."""
 
+import json
 import os
 import shutil
 import signal
@@ -19,18 +20,21 @@ from rmsweep.slots import Slots
 TESTS = Path(__file__).parent
 N_CELLS = 200
 DRIVER = f"""
-import dataclasses, sys
+import dataclasses, json, sys
 sys.path.insert(0, {str(TESTS)!r})
 from fake_pipeline import fake_plan
 from rmsweep import cluster
 from rmsweep.engines.slurm import Slurm
+from rmsweep.reward_models import Compute
 if __name__ == "__main__":
     cluster.LOOK = 1.0
-    engine = Slurm(partition="main", slots=2, cpus_per_slot=2, time_minutes=1, signal_seconds=15)
-    engine = dataclasses.replace(engine, poll_seconds=2.0)
-    summary = cluster.run(fake_plan({N_CELLS}), sys.argv[1], engine, work="fake_pipeline:WORK")
+    root, n_cells, device, fields = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+    engine = dataclasses.replace(Slurm(partition="main", slots=2, **fields), poll_seconds=2.0)
+    plan = dataclasses.replace(fake_plan(n_cells), compute=Compute(device))
+    summary = cluster.run(plan, root, engine, work="fake_pipeline:WORK")
     print(summary.n_left, *summary.notes, sep="\\n")
 """
+SHORT = {"cpus_per_slot": 2, "time_minutes": 1, "signal_seconds": 15}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,7 @@ def slurm(shared):
     script = shared / "slurm" / "start-slurm.sh"
     if os.geteuid() != 0 or shutil.which("apt-get") is None or not script.is_file():
         pytest.skip("a Slurm of our own needs root, apt and ../shared/slurm/start-slurm.sh")
-    env = {**os.environ, "SLURM_NODES": "2", "SLURM_CPUS": "2"}
+    env = {**os.environ, "SLURM_NODES": "2", "SLURM_CPUS": "2", "SLURM_GPUS": "2"}
     began = subprocess.run(["bash", script], env=env, capture_output=True, text=True, check=False)
     if began.returncode != 0:
         pytest.skip(f"Slurm does not start here: {(began.stdout + began.stderr)[-300:]}")
@@ -52,13 +56,16 @@ class Sweep:
 
     def __init__(self, root, ledger):
         self.root, self.ledger, self.files = root, ledger, Slots(root, "s")
-        self.trouble, self._driver = [], None
+        self.trouble, self._drivers = [], []
+        ledger.mkdir()
 
-    def drive(self):
-        env = {**os.environ, "FAKE_SECONDS": "1.2", "FAKE_LEDGER": str(self.ledger)}
+    def drive(self, n_cells=N_CELLS, device="cpu", seconds=1.2, **fields):
+        """Start a driver, beside those that are there."""
+        env = {**os.environ, "FAKE_SECONDS": str(seconds), "FAKE_LEDGER": str(self.ledger)}
         env["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-        command = [sys.executable, "-c", DRIVER, str(self.root)]
-        self._driver = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [sys.executable, "-c", DRIVER, str(self.root), str(n_cells), device, json.dumps(fields or SHORT)]
+        driver = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self._drivers.append(driver)
 
     def n_computed(self):
         return sum(name.startswith("cell") for name in os.listdir(self.ledger))
@@ -74,8 +81,9 @@ class Sweep:
         return sorted(task.id for task in view.values() if task.state == "RUNNING")
 
     def kill_the_driver(self):
-        self._driver.kill()
-        self._driver.communicate()
+        driver = self._drivers.pop()
+        driver.kill()
+        driver.communicate()
         self.trouble.append("driver")
 
     def kill_a_worker(self):
@@ -95,16 +103,21 @@ class Sweep:
         wait_until(lambda: not self.running())
         self.trouble.append("preempted")
 
+    def warn_a_slot(self):
+        """What Slurm sends before the time limit."""
+        wait_until(self.running)
+        command("scancel", "--batch", "--signal=USR2", self.running()[0])
+        self.trouble.append("warned")
+
     def end(self):
-        out, _ = self._driver.communicate(timeout=240)
-        return out
+        """What the drivers said, once all have ended."""
+        return [driver.communicate(timeout=240)[0] for driver in self._drivers]
 
 
 @pytest.mark.slow
 def test_two_hundred_cells(slurm, tmp_path):
-    """One slot cancelled, a worker killed, slots preempted and requeued, over their time, the driver killed and started
-    again in between: the tables of engine=local, bit for bit, and little computed twice."""
-    (tmp_path / "ledger").mkdir()
+    """One slot cancelled, a worker killed, slots preempted and requeued, warned, over their time, the driver killed and
+    then two of them: the tables of engine=local, bit for bit, and little computed twice."""
     sweep = Sweep(tmp_path / "root", tmp_path / "ledger")
     sweep.drive()
     sweep.advance()
@@ -114,12 +127,23 @@ def test_two_hundred_cells(slurm, tmp_path):
     sweep.advance()
     sweep.kill_the_driver()
     sweep.preempt()
+    n_jobs = len(sweep.files.jobs())
+    sweep.drive()
     sweep.drive()
     sweep.advance()
-    out = sweep.end()
-    assert out.strip().splitlines()[-1] == "0" or "\n0\n" in f"\n{out}", out
-    ends = Counter(note.end for note in sweep.files.notes())
-    assert ends["time"] >= 1 and ends["stopped"] >= 1, (ends, out)
+    sweep.warn_a_slot()
+    sweep.advance()
+    outs = sweep.end()
+    assert all("\n0\n" in f"\n{out}\n" for out in outs), outs
+    assert _queue.poll(sweep.files.name) is not None
+    wait_until(lambda: not sweep.running(), 30)
+    notes = sweep.files.notes()
+    ends = Counter(note.end for note in notes)
+    assert ends["time"] >= 2 and ends["stopped"] >= 1, (ends, outs)
+    turns = {(note.task, note.restart): note for note in notes}
+    again = [n for n in notes if n.end == "stopped" and (n.task, n.restart + 1) in turns]
+    assert again and any(turns[n.task, n.restart + 1].computed for n in again), "the preempted slot did not come again"
+    assert len(sweep.files.jobs()) <= n_jobs + 1, "two drivers submitted beside slots that were requeued"
     states = command("sacct", "--noheader", "--duplicates", "--parsable2", "--allocations", "--format=State")
     assert "CANCELLED" in states and "PREEMPTED" in states, states
     fake_run(fake_plan(N_CELLS), tmp_path / "alone")
@@ -129,10 +153,58 @@ def test_two_hundred_cells(slurm, tmp_path):
     rows = pq.read_table(tmp_path / "root/sweeps/s/results.parquet", columns=["status"]).to_pylist()
     assert Counter(row["status"] for row in rows) == {"done": N_CELLS}
     assert sweep.n_computed() <= N_CELLS + 25, "more was computed twice than was in flight"
-    assert _queue.poll(sweep.files.name) is not None and not sweep.running()
+
+
+@pytest.mark.slow
+def test_one_worker_per_gpu_of_each_slot(slurm, tmp_path, monkeypatch):
+    """gres: two slots of two (stand-in) GPUs each; every worker sees one, and none sees another's."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 'GPU 0: a stand-in (UUID: GPU-0)'; echo 'GPU 1: a stand-in (UUID: GPU-1)'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}{os.pathsep}{os.environ['PATH']}")
+    sweep = Sweep(tmp_path / "root", tmp_path / "ledger")
+    sweep.drive(24, "cuda", 0.5, cpus_per_slot=2, gpus_per_slot=2, time_minutes=5)
+    (out,) = sweep.end()
+    assert "\n0\n" in f"\n{out}\n", out
+    seen = Counter(path.read_text() for path in sweep.ledger.glob("cell*"))
+    assert set(seen) == {"0", "1"} and sum(seen.values()) == 24, seen
+    assert max(len(note.in_flight) for note in sweep.files.notes()) <= 2
+
+
+@pytest.mark.slow
+def test_the_command_line(slurm, tmp_path):
+    """Submit and go, look, cancel slots at work, and the same command again to the end: the tables of engine=local."""
+    words = ["size=tiny", "reward_model=bt_linear,bt_mlp", "beta=0.5,1", "seed=range(0,10)", "sweep.name=s"]
+    on_slurm = [*words, "engine=slurm", "engine.partition=main", "engine.slots=2", "engine.cpus_per_slot=1"]
+    root = f"root={tmp_path / 'a'}"
+    rmsweep("run", *on_slurm, root, "--detach")
+    wait_until(lambda: "done" in rmsweep("status", "s", root).splitlines()[0])
+    assert "slots: " in rmsweep("status", "s", root)
+    assert "slots cancelled" in rmsweep("cancel", "s", root)
+    files = Slots(tmp_path / "a", "s")
+    wait_until(lambda: not any(task.is_live for task in _queue.poll(files.name).values()))
+    assert "cells" in rmsweep("run", *on_slurm, root)
+    assert "40 done" in rmsweep("status", "s", root)
+    rmsweep("run", *words, f"root={tmp_path / 'b'}")
+    for name in ("results", "prompts"):
+        a, b = (tmp_path / part / f"sweeps/s/{name}.parquet" for part in "ab")
+        assert a.read_bytes() == b.read_bytes()
+    rmsweep("gc", root)
+    assert not list(files.leftovers())
 
 
 # -- small things ------------------------------------------------------------------------------------------
+
+
+def rmsweep(*words):
+    """What the command line prints; it must succeed."""
+    env = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    made = subprocess.run(
+        [sys.executable, "-m", "rmsweep", *words], env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert made.returncode == 0, made.stdout + made.stderr
+    return made.stdout
 
 
 def command(*words):
