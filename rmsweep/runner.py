@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import resource
 import socket
 import sys
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from rmsweep import causes, hardware, plugins, provenance
 from rmsweep.causes import Cause
 from rmsweep.cell import bank_inputs, build_cell, generate_bank
+from rmsweep.engines._slot import task_name
 from rmsweep.errors import ConfigError, DataError, DesignError, Diverged, StoreError
 from rmsweep.fingerprint import file_sha256
 from rmsweep.reward_models import Compute
@@ -200,7 +202,7 @@ def run_unit(task: UnitTask, channel: Channel) -> Reply:
         opened = _open_bank(task.job, task.bank_id)
         if opened is None:
             return Reply("no_bank", notes=_notes(store))
-        log.line(f"unit {task.unit_id}: {len(task.cells)} cells on bank {task.bank_id}")
+        log.line(f"unit {task.unit_id}: {len(task.cells)} cells on bank {task.bank_id}; {_whereabouts()}")
         with one_thread(), Part(store, task.unit_id, channel) as part:
             for cell, run in _runs(task, opened):
                 channel.check()
@@ -216,6 +218,12 @@ def run_unit(task: UnitTask, channel: Channel) -> Reply:
     except _Refused as error:
         return Reply("refused", str(error), _notes(store))
     return Reply("ok", notes=_notes(store))
+
+
+def _whereabouts() -> str:
+    """Where this process runs, as those who look for its other words need it."""
+    slot = f", slot {task_name()}" if "SLURM_JOB_ID" in os.environ else ""
+    return f"host {socket.gethostname()}, process {os.getpid()}{slot}"
 
 
 class Finished(NamedTuple):

@@ -167,6 +167,8 @@ def _failure_lines(failures: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append(f"  {group['count']:,} {group['status']}{cause}: {group['reason']} (cell {group['cells'][0]})")
     if len(failures) > MAX_REASONS:
         lines.append(f"  ... {len(failures) - MAX_REASONS} more reasons: see --json")
+    if any(group["status"] != "skipped" for group in failures):
+        lines.append("  `rmsweep log CELL` shows what the logs say of one")
     return lines
 
 

@@ -57,18 +57,18 @@ def explain(plan: Plan, root: Path, cell: str) -> str:
     stored = read(root)
     if cell == NEW:
         return _summary(plan, stored)
-    return _one(find(plan, cell), stored)
+    return _one(find(plan, cell, f", or `{NEW}` for all new cells"), stored)
 
 
-def find(plan: Plan, prefix: str) -> PlannedCell:
-    """The planned cell whose cell_id begins with `prefix`."""
+def find(plan: Plan, prefix: str, asked: str = "") -> PlannedCell:
+    """The planned cell whose cell_id begins with `prefix`. asked: what else might have been given, for the error."""
     found = {c.cell_id: c for c in plan.cells if prefix and c.cell_id.startswith(prefix)}
     if len(found) == 1:
         return next(iter(found.values()))
     ids = list(found or dict.fromkeys(c.cell_id for c in plan.cells))
     some = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
     what = f"begins {len(found):,} cells of this plan" if found else "is no cell of this plan"
-    raise ConfigError(f"--why {prefix!r} {what}; give more digits of one, such as {some}, or `{NEW}` for all new cells")
+    raise ConfigError(f"{prefix!r} {what}; give more digits of one, such as {some}{asked}")
 
 
 def read(root: Path) -> list[Stored]:

@@ -31,7 +31,7 @@ LAYERS = [  # a module may import from its own layer (see SIDEWAYS) and from tho
     {"pipeline", "plan", "planner", "units"},
     {"runner", "results", "progress", "slots"},
     {"schedule", "diary", "fleet", "intake"},
-    {"status", "execute", "cost_model", "verify", "recompute", "collect", "why", "cluster"},
+    {"status", "execute", "cost_model", "verify", "recompute", "collect", "why", "history", "cluster"},
     {"notebook"},
     {"cli"},
 ]

@@ -41,6 +41,7 @@ FLAGS = {
     "run": ("--cfg", "--config-dir", "--detach", "--plugin", "--reuse", "--help"),
     "plan": ("--cfg", "--config-dir", "--plugin", "--reuse", "--why", "--help"),
     "status": ("--json", "--help"),
+    "log": ("--help",),
     "cancel": ("--help",),
     "results": ("--sql", "--csv", "--schema", "--help"),
     "retry": ("--cause", "--plugin", "--help"),
@@ -68,7 +69,7 @@ def candidates(words: Sequence[str]) -> list[str]:
         return _starting(SCRIPTS, word)
     if verb == "gc":
         return _starting(["root="], word)
-    if verb in ("status", "results", "retry", "verify"):
+    if verb in ("status", "log", "cancel", "results", "retry", "verify"):
         return _starting([*_sweeps(before), "root="], word)
     return _overrides(word, Presets(_folders(before)), before) if verb in ("run", "plan") else []
 

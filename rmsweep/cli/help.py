@@ -11,6 +11,7 @@ VERBS = {
     "run": "run a sweep: compose its cells, compute those that are not done, write results.parquet",
     "plan": "count a sweep's cells (new, done, failed, skipped and why), banks, disk and cost; run nothing",
     "status": "states of a sweep's cells: counts, failures by cause, slots on a cluster",
+    "log": "what became of one cell: its state, what the logs say, who has it in hand",
     "cancel": "cancel a sweep's slots on a cluster; what is stored stays",
     "results": "the table of results; SQL over it",
     "retry": "run a sweep's failed cells again",
@@ -41,6 +42,7 @@ USAGE = {
     "run": "rmsweep run [KEY=VALUE ...] [--detach] [--cfg] [--config-dir DIR] [--plugin FILE.py] [--reuse WHICH]",
     "plan": "rmsweep plan [KEY=VALUE ...] [--why CELL] [and the options of run]",
     "status": "rmsweep status [SWEEP] [--json] [root=DIR]",
+    "log": "rmsweep log CELL [SWEEP] [root=DIR]",
     "cancel": "rmsweep cancel [SWEEP] [root=DIR]",
     "results": 'rmsweep results [SWEEP] [--sql "..."] [--csv] [--schema] [root=DIR]',
     "retry": "rmsweep retry [SWEEP] [KEY=VALUE ...] [--cause CAUSE[,CAUSE]] [--plugin FILE.py] [root=DIR]",
@@ -80,6 +82,10 @@ DETAILS = {
     "status": """\
 Without SWEEP: the last one.
   --json             everything, for a program""",
+    "log": """\
+CELL: the first digits of a cell_id, as `rmsweep status` and `rmsweep results` show them. Without SWEEP: the last one.
+Shows the cell's state, the last attempt, the lines of its unit's log with the traceback, and on a cluster the slot that
+has it in hand with the end of what that printed.""",
     "cancel": """\
 Without SWEEP: the last one. Nothing is submitted or requeued until the next `rmsweep run` of the sweep.""",
     "results": """\

@@ -209,6 +209,19 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _log(args: argparse.Namespace) -> int:
+    from rmsweep import history, why
+    from rmsweep.plan import Plan, sweep_folder
+
+    given = [word for word in args.words if "=" not in word]
+    if not given:
+        raise ConfigError("log needs the first digits of a cell_id: `rmsweep status` and `rmsweep results` show them")
+    root, name = _named_only([word for word in args.words if word != given[0]])
+    plan = Plan.read(sweep_folder(root, name))
+    print(history.tell(plan, root, why.find(plan, given[0])))
+    return 0
+
+
 def _cancel(args: argparse.Namespace) -> int:
     from rmsweep import cluster
 
@@ -376,6 +389,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
     "run": {**_COMPOSING, "--detach": {"action": "store_true"}},
     "plan": {**_COMPOSING, "--why": {"metavar": "CELL"}},
     "status": {"--json": {"action": "store_true"}},
+    "log": {},
     "cancel": {},
     "results": {
         "--sql": {"metavar": "QUERY"},
@@ -395,6 +409,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "plan": _plan,
     "status": _status,
+    "log": _log,
     "cancel": _cancel,
     "results": _results,
     "retry": _retry,
