@@ -83,7 +83,7 @@ def write_pairs(folder):
 
 def test_the_papers_sweep_runs_on_files_here(tmp_path, capsys):
     """End to end: frozen backbone, recorded strengths, lambda grid only where there are thresholds, two test sets."""
-    pytest.importorskip("transformers", reason="needs transformers: pip install 'rmsweep[llm]'")
+    pytest.importorskip("transformers", reason="needs transformers: pip install 'transformers>=5.3,<6'")
     from test_transformer_embedder import save_model
 
     model = tmp_path / "model"

@@ -16,7 +16,7 @@ from rmsweep.cli import main
 from rmsweep.embedders import transformer as embedder_file
 from rmsweep.errors import ConfigError, DataError
 
-transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'rmsweep[llm]'")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'transformers>=5.3,<6'")
 import tokenizers  # noqa: E402
 import torch  # noqa: E402
 
@@ -339,7 +339,7 @@ def test_missing_library_says_what_to_install(llama, monkeypatch):
     """Catches an ImportError with a traceback."""
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "transformers" else real(n, *a))
-    assert "pip install 'rmsweep[llm]'" in refused(llama)
+    assert "pip install 'transformers>=5.3,<6'" in refused(llama)
 
 
 def test_missing_weights_are_refused(copy):

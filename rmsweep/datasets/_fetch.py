@@ -39,7 +39,7 @@ def _fetched(address: str, key: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise DataError(f"{key}={address}: needs the library huggingface_hub: pip install 'rmsweep[llm]'") from None
+        raise DataError(f"{key}={address}: needs the library huggingface_hub: pip install huggingface_hub") from None
     repository, name, revision = found.groups()
     download: Any = hf_hub_download
     try:

@@ -61,7 +61,7 @@ def find(model: str, revision: str | None) -> Path:
 def check_installed() -> None:
     """DataError with the remedy when transformers is missing."""
     if importlib.util.find_spec("transformers") is None:
-        raise DataError("embedder transformer needs the library transformers: pip install 'rmsweep[llm]'")
+        raise DataError("embedder transformer needs the library transformers: pip install 'transformers>=5.3,<6'")
 
 
 def _cached(model: str, revision: str | None) -> Path:

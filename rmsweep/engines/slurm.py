@@ -236,5 +236,5 @@ def _submitit() -> Any:
     try:
         import submitit
     except ImportError:
-        raise ConfigError("engine=slurm needs submitit: pip install 'rmsweep[slurm]'") from None
+        raise ConfigError("engine=slurm needs the library submitit: pip install 'submitit>=1.5'") from None
     return submitit
