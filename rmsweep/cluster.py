@@ -34,7 +34,7 @@ from rmsweep.slots import Job, Look, Note, Order, Slots
 from rmsweep.store import Store
 from rmsweep.units import unit_of
 
-LOOK = 5.0  # seconds between two looks at the store
+LOOK, SHARE = 5.0, 0.05  # seconds between two looks at the store; their share of the driver's time at most
 FRUITLESS = 3  # rounds of slots, one after the other, that stored nothing
 PATIENCE = 300.0  # seconds in which a detached driver tries to submit anything
 ASK, LOG_LINES = 3, 5
@@ -105,13 +105,19 @@ class _Todo:
             self.stored.pop(key, None)
 
     def left(self) -> set[str]:
-        """Cells without a record of this run."""
-        states = self.store.states(self.cells)
-        attempts = self.store.attempts(self.again) if self.again else {}
-        self.stored = {
-            k: s.status for k, s in states.items() if k not in self.again or attempts.get(k, 0) > self.again[k]
-        }
+        """Cells without a record of this run. What was stored is looked at again only when nothing else is left."""
+        waiting = self.cells.keys() - self.stored.keys()
+        self.stored |= self._recorded(waiting)
+        if len(self.stored) == len(self.cells) and waiting != self.cells.keys():
+            self.stored = self._recorded(self.cells)  # a damaged part may have been set aside meanwhile
         return self.cells.keys() - self.stored.keys()
+
+    def _recorded(self, keys: Collection[str]) -> dict[str, str]:
+        """Which of these cells have a record of this run, and their status."""
+        again = self.again.keys() & keys
+        attempts = self.store.attempts(again) if again else {}
+        old = {key for key in again if attempts.get(key, 0) <= self.again[key]}
+        return {key: state.status for key, state in self.store.states(keys).items() if key not in old}
 
     def out_of_memory(self) -> set[str]:
         """Stored cells that ran out of memory."""
@@ -153,6 +159,7 @@ class _Driver:
         self._heard: set[tuple[str, int]] | None = None  # turns whose last words were dealt with; None: not looked yet
         self._round, self._fruitless, self._idle = 1, 0, False
         self._barren_before = self._stored_before = 0
+        self._pause = LOOK
 
     # -- watching ------------------------------------------------------------------------------------------
 
@@ -160,7 +167,7 @@ class _Driver:
         """Until nothing is left or nothing helps; the signal that ended it."""
         signals, due = Signals(), time.monotonic()
         with handlers(signals), contextlib.suppress(Stop):
-            while self.left() and not self.is_over:
+            while self._has_left() and not self.is_over:
                 if self.files.cancelled:
                     self._stop("cancelled; what is stored stays, and the same command again continues")
                     if (look := self.files.look()) is not None:  # with what was submitted while `rmsweep cancel` looked
@@ -170,7 +177,7 @@ class _Driver:
                     with signals.shield():
                         self.step()
                     due = time.monotonic() + self.engine.poll_seconds
-                time.sleep(max(0.0, min(LOOK, due - time.monotonic())))
+                time.sleep(max(0.0, min(self._pause, due - time.monotonic())))
             else:
                 self._dismiss()
         if signals.received is not None:
@@ -180,6 +187,13 @@ class _Driver:
                 file=sys.stderr,
             )
         return signals.received
+
+    def _has_left(self) -> bool:
+        """Whether any cell is left; the look is followed by a pause that keeps looks cheap, however large the sweep."""
+        began = time.monotonic()
+        left = self.left()
+        self._pause = max(LOOK, (time.monotonic() - began) / SHARE)
+        return bool(left)
 
     def begin(self) -> None:
         """Submit what is not in the queue yet; RmsweepError where Slurm takes nothing for PATIENCE seconds."""

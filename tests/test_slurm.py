@@ -386,6 +386,20 @@ def test_cells_to_retry_do_not_wait_for_slots_that_know_nothing_of_them(site, tm
     assert [len(job["tasks"]) for job in jobs] == [4, 2]
 
 
+def test_a_record_that_vanishes_is_missed_at_the_end(tmp_path):
+    """Catches a driver that looks at new cells only, and ends although a damaged part was set aside meanwhile."""
+    plan, store = fake_plan(4), Store(tmp_path)
+    store.prepare()
+    todo = cluster._Todo(store, plan.cells)
+    halves = [dataclasses.replace(plan, cells=plan.cells[i : i + 2]) for i in (0, 2)]
+    fake_run(halves[0], tmp_path)
+    assert todo.left() == {cell.fingerprint for cell in halves[1].cells} and todo.n_stored == 2
+    for path in (tmp_path / "store" / "results").iterdir():
+        path.unlink()
+    fake_run(halves[1], tmp_path)
+    assert todo.left() == {cell.fingerprint for cell in halves[0].cells} and todo.n_stored == 2
+
+
 def test_slots_that_wait_when_nothing_is_left(site, tmp_path, monkeypatch):
     """Catches slots that still come, one by one, to a sweep that is finished; those at work end by themselves."""
     monkeypatch.setattr(cluster, "LOOK", 0.05)
