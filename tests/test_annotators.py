@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import cell_config, make_spec, random_bank
 from scipy.stats import logistic, norm
-from test_end_to_end import rmsweep
+from test_end_to_end import here
 
 from rmsweep import component
 from rmsweep.annotators import Seen
@@ -565,9 +565,9 @@ def test_all_annotators_in_one_sweep(tmp_path):
     ]  # fmt: skip
     words = ["size=tiny", "reward_model=bt_linear", f"annotator={','.join(names)}", "cross_beta_factor=1,0.4"]
     words += ["pairing=cross_prompt", "sweep.name=all"]
-    planned = rmsweep("plan", *words, root=tmp_path).stdout
+    planned = here("plan", *words, root=tmp_path).stdout
     assert "skipped 2: the annotator's length_bias needs" in planned and "24 sets of annotations" in planned
-    rmsweep("run", *words, root=tmp_path)
+    here("run", *words, root=tmp_path)
     rows = pq.read_table(tmp_path / "sweeps" / "all" / "results.parquet").to_pylist()
     status = {name: {r["status"] for r in rows if r["annotator"] == name} for name in names}
     assert len(rows) == 26 and status.pop("length_bias") == {"skipped"} and set.union(*status.values()) == {"done"}

@@ -22,7 +22,7 @@ def bench():
     def whole_grid(args):
         return grids[args.protocol] if args.protocol in grids else grids.setdefault(args.protocol, plan(args))
 
-    module.whole_grid = whole_grid
+    module.whole_grid, module.N_HALVES = whole_grid, 2
     return module
 
 
@@ -53,8 +53,9 @@ def test_a_sample_grows_and_nothing_runs_twice(bench, tmp_path, capsys):
     assert ledger["overhead_cells"] == 15 and ledger["banks"] == 1
 
 
-def test_the_report_adds_up(bench, tmp_path):
+def test_the_report_adds_up(bench, tmp_path, monkeypatch):
     """Catches a total that is not the sum of its parts."""
+    monkeypatch.setattr(bench, "N_HALVES", 40)
     _, report = run(bench, tmp_path, "--cells", "24", "--protocol", "released")
     rows, total = report["strata"], report["total_hours"]
     stages = sum(r["cells"] * r["seconds"] for r in rows) / 3600

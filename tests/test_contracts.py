@@ -24,6 +24,7 @@ from rmsweep.stages.annotate import annotate
 REQUIRED = {"simulated": {"name": "x"}}  # kinds with a field that has no default
 KINDS = [(g, k) for g in component.PACKAGES for k in component.kinds(g)]
 OPTIONS = [(g, o) for g in PRESETS.groups if g not in PLAIN_GROUPS for o in PRESETS.options(g)]
+SHORTER = {"converged": {"protocol.max_epochs": 10}, "lgb_pairs": {"reward_model.rounds": 80}}  # stop early elsewhere
 HISTORY = {"n_train", "n_validation", "epochs", "best_epoch", "train_loss", "validation_loss", "l2"}
 
 
@@ -144,7 +145,9 @@ def text_bank(tiny_bank):
 @pytest.mark.parametrize("protocol", PRESETS.options("protocol"))
 def test_reward_model_contract(text_bank, option, protocol):
     """Finite scores that beat a random pick, bit-identical when fitted again, complete history, inputs untouched."""
-    spec = make_spec(size="tiny", reward_model=option, protocol=protocol, beta=3.0, pairing="cross_prompt")
+    kinds = (PRESETS.node("protocol", protocol)["kind"], PRESETS.node("reward_model", option)["kind"])
+    shorter = {key: value for kind in kinds for key, value in SHORTER.get(kind, {}).items()}
+    spec = make_spec(size="tiny", reward_model=option, protocol=protocol, beta=3.0, pairing="cross_prompt", **shorter)
     if getattr(spec.reward_model, "graded", False):
         spec = replace(spec, annotator=component.build("annotator", PRESETS.node("annotator", "likert")))
     preferences = annotate(spec, text_bank, streams(0), {})

@@ -152,8 +152,8 @@ def test_simulated_annotators_label_such_a_bank_too(bank, option):
         assert preferences.annotation_error_rate == 0
 
 
-def run(root, *words):
-    assert main(["run", *words, "engine.workers=1", "sweep.name=r", f"root={root}"]) == 0
+def run(root, *words, workers=0):
+    assert main(["run", *words, f"engine.workers={workers}", "sweep.name=r", f"root={root}"]) == 0
     rows = pq.read_table(root / "sweeps" / "r" / "results.parquet").to_pylist()
     return {(row["annotator"], row["reward_model"]): row for row in rows}
 
@@ -164,7 +164,7 @@ def test_end_to_end(tmp_path, capsys):
     words = ["dataset=pairs", f"dataset.path={files[0]}", "annotator=recorded,bradley_terry"]
     words += ["reward_model=bt_linear,length,ord_nll_linear", f"evaluate.preferences={files[1]}"]
     words += ["evaluate.overlap=drop"]
-    rows = run(tmp_path, *words)
+    rows = run(tmp_path, *words, workers=1)
     assert rows["recorded", "bt_linear"]["agreement"] > 0.85 > 0.75 > rows["recorded", "length"]["agreement"]
     assert rows["recorded", "ord_nll_linear"]["agreement"] > 0.85
     assert rows["bradley_terry", "ord_nll_linear"]["status"] == "skipped"

@@ -405,10 +405,10 @@ def test_command_line_trains_on_frozen_embeddings(llama, tmp_path, capsys):
     np.testing.assert_allclose(bank.train.embedding[0, :3], embed(llama, pairs), atol=1e-5)
 
     moved = shutil.copytree(llama, tmp_path / "moved")
-    assert run(tmp_path, moved) == 0
+    assert run(tmp_path, moved, "engine.workers=0") == 0
     assert len(list(folder.parent.iterdir())) == 1  # the same model elsewhere
     save_model(moved, seed=1)
-    assert run(tmp_path, moved) == 0
+    assert run(tmp_path, moved, "engine.workers=0") == 0
     assert len(list(folder.parent.iterdir())) == 2  # another model in the same place
 
 

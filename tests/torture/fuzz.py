@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
@@ -215,7 +216,8 @@ def _data(data: hostile.DataSet, folder: Path, report: Report) -> Call:
     here.mkdir()
     words = [*data.write(here), f"sweep.name=d{report.n}"]
     call(["plan", *_beside(words, folder)], folder, report)
-    found = call(["run", *_beside(words, folder)], folder, report)
+    with mock.patch("rmsweep.cli.compose.check_against_hydra"):  # `plan` has composed the same words: half the time
+        found = call(["run", *_beside(words, folder)], folder, report)
     if found.code == 1 and here.name not in found.err and "this design gives" not in found.err:
         report.tracebacks.append(f"{data!r}: the message names no file: {found.err}")
     elif found.code in (0, 2):
