@@ -160,5 +160,5 @@ def test_reward_model_contract(text_bank, option, protocol):
     np.testing.assert_array_equal(before, preferences.preference)
     assert HISTORY <= set(model.history) <= {c.name for c in METRICS}
     picked = np.take_along_axis(text_bank.test.golden, scores.argmax(axis=1)[:, None], axis=1).mean()
-    assert picked > text_bank.test.golden.mean() + 0.2
+    assert picked > text_bank.test.golden.mean() + 0.4  # an untrained network reaches 0.31
     assert all(isinstance(v, np.ndarray) and v.dtype != object for v in model.state().values())
