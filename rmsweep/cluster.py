@@ -7,6 +7,7 @@ their name in the queue. What is done is what the store holds; the queue only sa
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from rmsweep.claims import Claims
 from rmsweep.engines import Signals, Stop, _queue, handlers
 from rmsweep.engines._queue import Task
 from rmsweep.engines._slot import Slot
-from rmsweep.engines.slurm import Slurm, check_folder, restore
+from rmsweep.engines.slurm import Slurm, check_site, restore
 from rmsweep.errors import ConfigError, DataError, RmsweepError, StoreError
 from rmsweep.execute import Summary
 from rmsweep.fingerprint import digest
@@ -28,14 +29,13 @@ from rmsweep.fleet import Fleet
 from rmsweep.intake import Intake
 from rmsweep.plan import Plan, sweep_folder
 from rmsweep.progress import Progress
-from rmsweep.runner import CellTask
+from rmsweep.rounds import FRUITLESS, Rounds
 from rmsweep.schedule import MAX_DEATHS
 from rmsweep.slots import Job, Look, Note, Order, Slots
 from rmsweep.store import Store
-from rmsweep.units import unit_of
+from rmsweep.todo import Todo
 
 LOOK, SHARE = 5.0, 0.05  # seconds between two looks at the store; their share of the driver's time at most
-FRUITLESS = 3  # rounds of slots, one after the other, that stored nothing
 PATIENCE = 300.0  # seconds in which a detached driver tries to submit anything
 ASK, LOG_LINES = 3, 5
 
@@ -57,7 +57,7 @@ def run(
     """
     root = Path(root).resolve()
     store, files = Store(root, heal=True), Slots(root, plan.name)
-    check_folder(files.folder)
+    check_site(files.folder)
     store.prepare()
     cells = [cell for cell in plan.cells if cell.reason is None]
     if not all(cell.fingerprint for cell in cells):
@@ -67,13 +67,15 @@ def run(
         notes = execute.write_plan(plan, folder, claims)
         results.mark_last(root, plan.name)
         store.merge(cell.fingerprint for cell in cells)
-        todo = _Todo(store, execute.pending_cells(cells, store, retry, plan.keep))
+        short = _short_of_memory(cells, store, engine, files)
+        memory_gib = max(short.values(), default=engine.memory_gib)
+        todo = Todo(store, execute.pending_cells(cells, store, retry | short.keys(), plan.keep))
         stopped, n_left = None, 0
         if todo.cells:
             files.prepare()
             files.revive()
             with Progress(plan.name, len(todo.cells), folder, show=progress and not detach) as bar:
-                driver = _Driver(plan, root, engine, claims, files, todo, bar, work)
+                driver = _Driver(plan, root, engine, claims, files, todo, bar, work, memory_gib)
                 if detach:
                     driver.begin()
                     return None
@@ -83,54 +85,20 @@ def run(
         return execute.summarised(plan, store, tables, notes, todo.n_stored, n_left, stopped)
 
 
-class _Todo:
-    """Cells that a run has slots compute: those without a record, and recorded ones that are run again."""
+def _short_of_memory(cells: Sequence[PlannedCell], store: Store, engine: Slurm, files: Slots) -> dict[str, float]:
+    """Cells that ran out of memory in slots -> what they can have now: an earlier driver left before it gave them that.
 
-    def __init__(self, store: Store, cells: Sequence[PlannedCell]) -> None:
-        self.store, self.cells = store, {cell.fingerprint: cell for cell in cells}
-        self.again = dict[str, int]()  # recorded cells that are run again -> their last attempt
-        self.stored: dict[str, str] = {}  # cells of this run that have a record -> status
-        self.run_again(store.done(self.cells))
-
-    @property
-    def n_stored(self) -> int:
-        """Cells that were stored since this run began, by whichever slot."""
-        return len(self.stored)
-
-    def run_again(self, keys: Collection[str]) -> None:
-        """Take cells that have a record for undone."""
-        attempts = self.store.attempts(keys) if keys else {}
-        self.again |= {key: attempts.get(key, 0) for key in keys}
-        for key in keys:
-            self.stored.pop(key, None)
-
-    def left(self) -> set[str]:
-        """Cells without a record of this run. What was stored is looked at again only when nothing else is left."""
-        waiting = self.cells.keys() - self.stored.keys()
-        self.stored |= self._recorded(waiting)
-        if len(self.stored) == len(self.cells) and waiting != self.cells.keys():
-            self.stored = self._recorded(self.cells)  # a damaged part may have been set aside meanwhile
-        return self.cells.keys() - self.stored.keys()
-
-    def _recorded(self, keys: Collection[str]) -> dict[str, str]:
-        """Which of these cells have a record of this run, and their status."""
-        again = self.again.keys() & keys
-        attempts = self.store.attempts(again) if again else {}
-        old = {key for key in again if attempts.get(key, 0) <= self.again[key]}
-        return {key: state.status for key, state in self.store.states(keys).items() if key not in old}
-
-    def out_of_memory(self) -> set[str]:
-        """Stored cells that ran out of memory."""
-        states = self.store.states(self.stored)
-        return {key for key, state in states.items() if state.cause == "oom"}
-
-    def fail(self, key: str, cause: Cause, reason: str) -> None:
-        """Record a cell that no slot could finish."""
-        cell, attempts = self.cells[key], self.store.attempts([key])
-        task = CellTask(cell.cell_id, key, cell.labels, cell.config, attempts.get(key, 0) + 1, cell.code)
-        unit = unit_of([cell]).unit_id
-        done = runner.unfinished(unit, task, "failed", cause, reason)
-        self.store.publish_part(unit, [done.record], [done.cost])
+    A job to which a cell was given anew counts only if the cell was tried since.
+    """
+    states = store.states(cell.fingerprint for cell in cells) if engine.max_memory_gib else {}
+    short = [key for key, state in states.items() if state.cause == "oom"]
+    attempts, had = store.attempts(short), dict[str, float]()
+    for job in files.jobs().values() if short else ():
+        given = files.read_retry(job.retry) if job.retry else {}
+        tried = [key for key in short if attempts.get(key, 0) > given.get(key, -1)]
+        had |= {key: max(had.get(key, 0.0), job.memory_gib or math.inf) for key in tried}
+    more = {key: engine.more_memory(memory_gib) for key, memory_gib in had.items()}
+    return {key: memory_gib for key, memory_gib in more.items() if memory_gib is not None}
 
 
 class _Driver:
@@ -143,84 +111,87 @@ class _Driver:
         engine: Slurm,
         claims: Claims,
         files: Slots,
-        todo: _Todo,
+        todo: Todo,
         bar: Progress,
         work: str,
+        memory_gib: float | None,
     ) -> None:
         self.plan, self.root, self.engine, self.work = plan, root, engine, work
         self.claims, self.files, self.todo, self.bar = claims, files, todo, bar
-        self.notes = list[str]()
-        self.is_over = False
+        self.notes, self.is_over = list[str](), False
         self.n_live = self.n_missing = 0  # slots, after the last step
-        self._snapshot, self._order = "", Order()
-        self._memory, self._first = engine.memory_gib, 0
+        self.signals, self.rounds = Signals(), Rounds()
+        self._memory, self._snapshot, self._order = memory_gib, "", Order()
         self._intake = Intake(self._submit_array, engine.most, self._say)
         self._ends, self._asked = dict[str, str](), Counter[str]()  # array tasks that have ended; sacct was asked of
         self._heard: set[tuple[str, int]] | None = None  # turns whose last words were dealt with; None: not looked yet
-        self._round, self._fruitless, self._idle = 1, 0, False
-        self._barren_before = self._stored_before = 0
         self._pause = LOOK
 
     # -- watching ------------------------------------------------------------------------------------------
 
     def watch(self) -> int | None:
         """Until nothing is left or nothing helps; the signal that ended it."""
-        signals, due = Signals(), time.monotonic()
-        with handlers(signals), contextlib.suppress(Stop):
+        due = time.monotonic()
+        with handlers(self.signals), contextlib.suppress(Stop):
             while self._has_left() and not self.is_over:
                 if self.files.cancelled:
-                    self._stop("cancelled; what is stored stays, and the same command again continues")
-                    if (look := self.files.look()) is not None:  # with what was submitted while `rmsweep cancel` looked
-                        _cancel(look)
-                    break
-                if time.monotonic() >= due:
-                    with signals.shield():
-                        self.step()
+                    self._cancelled()
+                elif time.monotonic() >= due:
+                    self.step()
                     due = time.monotonic() + self.engine.poll_seconds
-                time.sleep(max(0.0, min(self._pause, due - time.monotonic())))
-            else:
+                if not self.is_over:
+                    time.sleep(max(0.0, min(self._pause, due - time.monotonic())))
+            if not self.files.cancelled:
                 self._dismiss()
-        if signals.received is not None:
+        if self.signals.received is not None:
             print(
                 f"rmsweep: left while slots work on; the same command again watches them, `rmsweep status "
                 f"{self.plan.name}` looks once, `rmsweep cancel {self.plan.name}` stops them",
                 file=sys.stderr,
             )
-        return signals.received
-
-    def _has_left(self) -> bool:
-        """Whether any cell is left; the look is followed by a pause that keeps looks cheap, however large the sweep."""
-        began = time.monotonic()
-        left = self.left()
-        self._pause = max(LOOK, (time.monotonic() - began) / SHARE)
-        return bool(left)
+        return self.signals.received
 
     def begin(self) -> None:
         """Submit what is not in the queue yet; RmsweepError where Slurm takes nothing for PATIENCE seconds."""
         deadline = time.monotonic() + PATIENCE
-        self.step()
-        while not self.n_live and time.monotonic() < deadline:
-            time.sleep(self.engine.poll_seconds)
-            self.step()
-        if not self.n_live:
-            said = "; ".join(self.notes) or "Slurm does not answer"
-            raise RmsweepError(f"no slot could be submitted: {said}; the same command again tries again")
-        if self.n_missing:
+        with handlers(self.signals), contextlib.suppress(Stop):
+            while self._has_left():
+                self.step()
+                if self.n_live or self.is_over or time.monotonic() >= deadline:
+                    break
+                time.sleep(self.engine.poll_seconds)
+        if self.signals.received is not None:
+            raise SystemExit(128 + self.signals.received)
+        if self.n_missing and self.n_live:
             self._say(f"{self.n_missing:,} slots more were not taken; the same command again submits them")
+        if not self.n_live and self.left():
+            said = "; ".join(self.notes) or "Slurm does not answer"
+            raise RmsweepError(f"no slot is at work: {said}; the same command again tries again")
         for text in self.notes:
             print(f"rmsweep: {text}", file=sys.stderr)
 
     def left(self) -> set[str]:
-        """Cells that are not stored yet. Those that ran out of memory are, unless slots can have more of it."""
+        """Cells that are not stored yet."""
         left = self.todo.left()
-        more = None if left or self.is_over else self.engine.more_memory(self._memory)
-        if more is not None and (short := self.todo.out_of_memory()):
-            self.notes.append(f"{len(short):,} cells ran out of memory; again with {more:g} GiB to a slot")
-            self._memory = more
-            self.todo.run_again(short)
-            left = self.todo.left()
         self.bar.stored(self.todo.stored.values())
         return left
+
+    def _has_left(self) -> bool:
+        """Whether any cell is left; the look is followed by a pause that keeps looks cheap, however large the sweep."""
+        began = time.monotonic()
+        left = self.left() or self._with_more_memory()
+        self._pause = max(LOOK, (time.monotonic() - began) / SHARE)
+        return bool(left)
+
+    def _with_more_memory(self) -> set[str]:
+        """Stored cells that ran out of memory, to be run again where slots can have more of it."""
+        more = None if self.is_over else self.engine.more_memory(self._memory)
+        if more is None or not (short := self.todo.out_of_memory()):
+            return set()
+        self.notes.append(f"{len(short):,} cells ran out of memory; again with {more:g} GiB to a slot")
+        self._memory = more
+        self.todo.run_again(short)
+        return self.left()
 
     def step(self) -> None:
         """Look at the queue once and do what follows; one driver of a sweep after the other."""
@@ -230,17 +201,19 @@ class _Driver:
                 self.bar.slots("Slurm does not answer")
                 return
             self.bar.slots(str(now))
+            self.n_live, self.n_missing = now.n_at_work, 0
+            self.rounds.see(now)
             self._hear(now)
             self._bury(now, left)
-            self.n_live, self.n_missing = now.n_live(now.is_ours) + now.n_live(now.is_akin), 0
             if not self.is_over:
                 self._top_up(now, left)
 
     def _look(self) -> Fleet | None:
-        """The fleet as it is now; None where the queue does not answer."""
+        """What the fleet is now, with jobs that only the queue knew on record; None where the queue does not answer."""
         self._snapshot = self._snapshot or self.files.snapshot(self.plan)
         self._order = Order(self._snapshot, self.files.write_retry(self.todo.again) if self.todo.again else "")
-        if (look := self.files.poll(self.engine.poll_seconds)) is None:
+        is_first = self._heard is None
+        if (look := self.files.poll(0.0 if is_first else self.engine.poll_seconds)) is None:
             return None
         self._adopt(look.tasks)
         self._ends |= {name: task.state for name, task in look.tasks.items() if not task.is_live}
@@ -248,8 +221,6 @@ class _Driver:
         short = now.short_memory_gib
         more = None if short is None else self.engine.more_memory(short)
         self._memory = max(filter(None, (self._memory, now.live_memory_gib, more)), default=None)
-        self._first = sum(job.n_slots for job in now.jobs.values() if job.plan in ("", self._snapshot))
-        self._round = max(self._round, now.round)
         return now
 
     def _states(self, forgotten: Collection[str]) -> Mapping[str, str]:
@@ -267,8 +238,9 @@ class _Driver:
                 lost.setdefault(task.job, []).append(task.id)
         for job, ids in lost.items():
             restore(self.files.folder, self._slot(), ids)
-            n_slots = 1 + max(int(name.partition("_")[2] or 0) for name in ids)
-            self.files.record_found(Job(job, n_slots, self._memory, round=self._round))
+            numbers = [int(name.partition("_")[2] or 0) for name in ids]
+            found = Job(job, 1 + max(numbers), self._memory, round=self.rounds.number, is_array="_" in ids[0])
+            self.files.record_found(found)
             self.notes.append(f"job {job} was submitted without an answer and has been found again")
 
     # -- submitting ----------------------------------------------------------------------------------------
@@ -277,61 +249,52 @@ class _Driver:
         """Submit slots where none is at work, or in the place of those that were lost."""
         if now.n_live(now.is_foreign):
             self._say(f"slots of an earlier command are still there; `rmsweep cancel {self.plan.name}` ends all")
-        if not self.n_live and not self._begins_round(now):
+        if not self.n_live and not self.rounds.may_begin(now, self.todo.n_stored):
+            if self.rounds.is_hopeless:
+                self._give_up(now)
             return
-        self._idle = False
-        missing = self._missing(now, left)
-        n_barren = now.n_barren(self._round) - self._barren_before
+        missing, n_barren = self._missing(now, left), self.rounds.n_barren(now)
         if missing > 0 and self.n_live and n_barren >= FRUITLESS * self.engine.slots:
             self._say(f"{n_barren} slots ended without a cell: none is submitted while others work")
             return
-        taken = self._intake.take(missing)
+        taken = self._take(missing)
         self.n_live, self.n_missing = self.n_live + taken, max(0, missing - taken)
 
-    def _begins_round(self, now: Fleet) -> bool:
-        """No slot is at work: whether others are to come."""
-        if now.has_round(self._round):
-            if now.has_ended_well(self._round) and not self._idle:
-                self._idle = True  # what they stored a moment ago may not be seen yet
-                return False
-            self._fruitless = 0 if self.todo.n_stored > self._stored_before else self._fruitless + 1
-            self._round, self._barren_before = self._round + 1, 0
-        if self._fruitless >= FRUITLESS:
-            self._stop(
-                f"gave up: {FRUITLESS} rounds of slots, one after the other, have stored nothing; "
-                f"their logs are {self.files.folder}/*_log.out{self._last_lines(now)}"
-            )
-            return False
-        self._stored_before = self.todo.n_stored
-        return True
-
     def _missing(self, now: Fleet, left: set[str]) -> int:
-        """Slots to submit: enough for all that is left, and enough of this order for what only they may run.
-
-        One that found nothing to claim is not replaced while others hold what is left.
-        """
+        """Slots to submit: enough for all that is left, and enough of this order for what only they may run."""
         again = left & self.todo.again.keys()
         wanted = max(self._wanted(len(left)) - now.n_live(now.is_akin), self._wanted(len(again)))
-        return wanted - now.n_live(now.is_ours) - now.n_done(self._round)
+        return wanted - now.n_live(now.is_ours) - self.rounds.n_done(now)
 
     def _wanted(self, n_cells: int) -> int:
         """Slots for so many cells: none without a cell for each of its workers' first turn."""
         return min(self.engine.slots, -(-n_cells // self.engine.workers_per_slot))
 
-    def _submit_array(self, size: int) -> None:
-        """Submit one array and put it on record."""
-        with self.files.submitting():
+    def _take(self, n_slots: int) -> int:
+        """Submit slots; how many were taken. While others work, a refusal ends nothing."""
+        try:
+            return self._intake.take(n_slots)
+        except ConfigError as error:
+            if not self.n_live:
+                raise
+            self._say(str(error))
+            return 0
+
+    def _submit_array(self, size: int) -> bool:
+        """Submit one array and put it on record, whatever signal comes meanwhile; whether others may follow."""
+        with self.signals.shield(), self.files.submitting():
             job = self.engine.submit(self._slot(), self.files.name, self.files.folder, size, self._memory)
-            self.files.record(Job(job, size, self._memory, *self._order, self._round))
-        self._first += size
+            self.files.record(Job(job, size, self._memory, *self._order, self.rounds.number))
         if self.files.cancelled:  # between our look at the queue and the submission
-            _queue.cancel({job})
+            self._cancelled()
+        return not self.is_over
 
     def _slot(self) -> Slot:
-        """What the next slots run."""
+        """What the next slots run: their shares begin where those of the slots before end."""
         engine, local = self.engine, self.engine.local()
+        first = sum(job.n_slots for job in self.files.jobs().values() if job.plan == self._snapshot)
         words = [str(self.root), self.plan.name, "--plan", self._order.plan, "--work", self.work]
-        words += ["--of", str(engine.slots), "--first", str(self._first)]
+        words += ["--of", str(engine.slots), "--first", str(first)]
         words += [] if local.workers is None else ["--workers", str(local.workers)]
         for flag, minutes in (("cell", local.cell_minutes), ("bank", local.bank_minutes)):
             words += [f"--{flag}-minutes", "none" if minutes is None else str(minutes)]
@@ -341,37 +304,58 @@ class _Driver:
             tuple(words), str(self.files.notes_folder), engine.time_minutes * 60.0, float(engine.signal_seconds)
         )
 
+    # -- ending --------------------------------------------------------------------------------------------
+
     def _dismiss(self) -> None:
-        """Nothing is left: slots that wait for a node need not come."""
+        """Nothing is left, or nothing helps: slots that wait for a node need not come."""
         look = self.files.look()
         if look is not None and (waiting := Fleet(self._order, self.files.jobs(), look.tasks, ()).waiting):
             _queue.cancel(waiting, only_waiting=True)
+
+    def _cancelled(self) -> None:
+        """`rmsweep cancel` was here; what was submitted while it looked at the queue goes too."""
+        self._stop("cancelled; what is stored stays, and the same command again continues")
+        if (look := self.files.look()) is not None:
+            _cancel(self.files, look)
+
+    def _give_up(self, now: Fleet) -> None:
+        self._stop(
+            f"gave up: {FRUITLESS} rounds of slots, one after the other, have stored nothing; "
+            f"their logs are {self.files.folder}/*_log.out{self._last_lines(now)}"
+        )
+
+    def _stop(self, why: str) -> None:
+        self.is_over = True
+        self.notes.append(why)
+
+    def _say(self, text: str) -> None:
+        """Tell each thing once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     # -- what became of slots ------------------------------------------------------------------------------
 
     def _hear(self, now: Fleet) -> None:
         """Deal with the last words of slots. What was over at the first look is an earlier driver's business."""
         over = {(note.task, note.restart): note for note in now.over}
-        if self._heard is None:
-            self._heard, self._barren_before = set(over), now.n_barren(self._round)
-            if not now.n_live(now.is_ours) + now.n_live(now.is_akin) and now.has_round(self._round):
-                self._round += 1
-        fresh = [note for key, note in over.items() if key not in self._heard]
-        self._heard |= over.keys()
+        fresh = [] if self._heard is None else [note for key, note in over.items() if key not in self._heard]
+        self._heard = over.keys() | (self._heard or set())
         for note in fresh:
             if note.end in ("refused", "store"):
-                self._refusal(note, alone=not now.n_running)
-            elif note.end == "given_up":
-                self._stop(note.message)
-        for task in now.lost(self._round):
+                self._refusal(note, now)
+            elif note.end == "given_up" and "done" not in self.todo.stored.values():
+                self._stop(note.message)  # every cell fails alike, whichever slot has it
+        for task in now.lost(self.rounds.number):
             self._say(f"slot {task.id} {_queue.ENDS.get(task.state, (None, task.state))[1]}")
 
-    def _refusal(self, note: Note, *, alone: bool) -> None:
-        """A slot would not work; an error unless others do: one bad node ends nothing."""
+    def _refusal(self, note: Note, now: Fleet) -> None:
+        """A slot would not work. One bad node ends nothing: a full disk may be its own, other code if others run."""
         said = f"slot {note.task} on {note.host}: {note.message}"
-        if alone:
-            raise (StoreError if note.end == "store" else ConfigError)(said)
-        self._say(said)
+        if now.n_running or (note.end == "store" and now.n_at_work):
+            self._say(said)
+            return
+        self._dismiss()
+        raise (StoreError if note.end == "store" else ConfigError)(said)
 
     def _bury(self, now: Fleet, left: set[str]) -> None:
         """Give up cells that were in flight whenever their slot ended; they leave `left`.
@@ -388,15 +372,6 @@ class _Driver:
             if counts[death.cause] == MAX_DEATHS[death.cause]:
                 self.todo.fail(death.cell, death.cause, f"{death.how}, {counts[death.cause]} times with this cell")
                 left.discard(death.cell)
-
-    def _stop(self, why: str) -> None:
-        self.is_over = True
-        self.notes.append(why)
-
-    def _say(self, text: str) -> None:
-        """Tell each thing once."""
-        if text not in self.notes:
-            self.notes.append(text)
 
     def _last_lines(self, now: Fleet) -> str:
         """The end of the newest slot's log."""
@@ -418,10 +393,11 @@ def cancel(root: Path, name: str) -> tuple[int, str | None]:
     files.cancel()
     if (look := files.look(fresh=True)) is None:
         raise RmsweepError("Slurm does not answer (squeue); nothing more will be submitted, but slots may run on")
-    return _cancel(look)
+    return _cancel(files, look)
 
 
-def _cancel(look: Look) -> tuple[int, str | None]:
-    """Cancel the slots of a look."""
+def _cancel(files: Slots, look: Look) -> tuple[int, str | None]:
+    """Cancel the slots of a look, which is of no use afterwards."""
     live = [task for task in look.tasks.values() if task.is_live]
+    files.forget_look()
     return len(live), _queue.cancel({task.job for task in live}) if live else None

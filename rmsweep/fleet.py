@@ -59,15 +59,20 @@ class Fleet:
         return not self.is_ours(order) and not self.is_akin(order)
 
     @property
+    def n_at_work(self) -> int:
+        """Slots of the present plan at work or waiting."""
+        return self.n_live(self.is_ours) + self.n_live(self.is_akin)
+
+    @property
     def n_running(self) -> int:
         """Slots on a node, whatever they run."""
         return sum(task.is_running for task in self.tasks.values())
 
     @property
     def waiting(self) -> set[str]:
-        """Jobs of the present plan with a slot that has not begun."""
+        """Jobs of the present order with a slot that has not begun."""
         waiting = (task for task in self.tasks.values() if task.is_live and not task.is_running)
-        return {task.job for task in waiting if not self.is_foreign(self._order_of(task))}
+        return {task.job for task in waiting if self.is_ours(self._order_of(task))}
 
     def __str__(self) -> str:
         """`2 slots running, 3 waiting (Priority)`."""
@@ -149,13 +154,18 @@ class Fleet:
         """Turns that have ended."""
         return [note for note in self.notes if note.end is not None or not self._goes_on(note)]
 
+    @property
+    def n_cut(self) -> int:
+        """Turns that ended before their work was done: what they had claimed may be left to others."""
+        return sum(note.end not in WELL for note in self.over)
+
     def _goes_on(self, note: Note) -> bool:
         return note is self._last[note.task] and note.task in self.tasks and self.tasks[note.task].is_live
 
     def deaths(self) -> Iterator[Death]:
         """Cells in flight when a turn ended; over the time limit only those that had most of the slot's time."""
         for note in self.over:
-            if note.end in NOT_COMPUTING:
+            if note.end in NOT_COMPUTING or self._state(note) == "CANCELLED":  # by a human, for no fault of a cell
                 continue
             cause, words = self._cause(note)
             job = self.jobs.get(note.task.partition("_")[0])
@@ -163,12 +173,16 @@ class Fleet:
                 if cause != "timeout" or share >= WHOLE:
                     yield Death(cell, cause, f"slot {note.task} on {note.host} {words}", job and job.memory_gib)
 
+    def _state(self, note: Note) -> str:
+        """The state in which a turn ended; that of a slot's earlier turns is not known."""
+        known = note is self._last[note.task] and note.task in self.tasks
+        return self.tasks[note.task].state if known else GONE
+
     def _cause(self, note: Note) -> tuple[Cause, str]:
         """Why a turn ended, and in words; that of a slot which lives on was put back into the queue."""
         if note.end == "time":
             return "timeout", "ran into its time limit"
-        task = self.tasks.get(note.task) if note is self._last[note.task] else None
-        cause, words = _queue.ENDS.get(task.state if task else GONE, ("preempted", "was taken off its node"))
+        cause, words = _queue.ENDS.get(self._state(note), ("preempted", "was taken off its node"))
         if note.end == "stopped" and cause != "timeout":
             return "preempted", words if cause == "preempted" else "was told to leave"
         return cause or "bug", words
@@ -193,7 +207,7 @@ def assembled(
             continue
         if job.id not in look.jobs:
             tasks |= {name: Task(name, "PENDING", "just submitted") for name in job.tasks if name not in tasks}
-        elif job.n_slots > 1 or job.id not in seen:
+        elif len(job.tasks) > 1 or job.id not in seen:
             forgotten += [name for name in job.tasks if name not in tasks]
     states = ends(forgotten) if forgotten else {}
     tasks |= {name: Task(name, states.get(name, GONE), "") for name in forgotten}

@@ -12,11 +12,11 @@ LONGEST = 15  # calls of `take` that are left out at most, between two refusals
 
 
 class Intake:
-    """Submits slots in arrays. submit: of one array of so many slots; may raise Busy, TooMany or ConfigError. most: how
-    many slots an array may have, asked once; said: hears why slots were not taken.
+    """Submits slots in arrays. submit: of one array of so many slots, says whether others may follow; may raise Busy,
+    TooMany or ConfigError. most: how many slots an array may have, asked once; said: hears why slots were not taken.
     """
 
-    def __init__(self, submit: Callable[[int], None], most: Callable[[], int], said: Callable[[str], object]) -> None:
+    def __init__(self, submit: Callable[[int], bool], most: Callable[[], int], said: Callable[[str], object]) -> None:
         self._submit, self._most, self._said = submit, functools.cache(most), said
         self._size: int | None = None  # of the next array
         self._pause = self._left_out = 0
@@ -31,7 +31,8 @@ class Intake:
         while taken < n_slots:
             size = min(n_slots - taken, self._size or self._most())
             try:
-                self._submit(size)
+                if not self._submit(size):
+                    break
             except Busy as error:
                 self._said(f"sbatch gave no clear answer ({error}); asking the queue before trying again")
                 break
@@ -48,7 +49,7 @@ class Intake:
 
     def _refused(self, size: int, error: TooMany) -> None:
         text = str(error)
-        if size == 1 and not self._has_taken and "violates" in text and "maxsubmit" not in text.lower():
+        if size == 1 and not self._has_taken and "violates" in text and "submitjob" not in text.lower():
             raise ConfigError(f"engine=slurm: {text}") from None  # not one, ever: too long, too large, no such account
         self._said(text)
         self._size = max(1, size // 2)

@@ -51,6 +51,7 @@ class Job(NamedTuple):
     plan: str = ""
     retry: str = ""
     round: int = 0
+    is_array: bool = False
 
     @property
     def order(self) -> Order:
@@ -60,7 +61,8 @@ class Job(NamedTuple):
     @property
     def tasks(self) -> list[str]:
         """Its array tasks, as squeue names them."""
-        return [f"{self.id}_{i}" for i in range(self.n_slots)] if self.n_slots > 1 else [self.id]
+        is_array = self.is_array or self.n_slots > 1  # submitit submits one slot by itself
+        return [f"{self.id}_{i}" for i in range(self.n_slots)] if is_array else [self.id]
 
 
 class Note(NamedTuple):
@@ -102,7 +104,7 @@ class Slots:
 
         A copy of the root has another path and another inode, and goes by a name of its own.
         """
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             said = unsealed(atomic.read(self.folder / "name.json"))
             if said["path"] == self._path or said["inode"] == os.stat(self.folder).st_ino:
                 return str(said["name"])
@@ -148,9 +150,9 @@ class Slots:
     @contextlib.contextmanager
     def submitting(self) -> Iterator[None]:
         """Around a submission and its record: no driver decides on what the queue said before them."""
-        self._keep({**self._said(), "open": True})
+        self._keep({**self._said(), "is_drivers": False})
         yield  # after an error it stays so: jobs may have been taken
-        self._keep({**self._said(), "open": False})
+        self._keep({**self._said(), "is_drivers": True})
 
     def record(self, job: Job) -> None:
         """Remember a submitted array, for `look` too."""
@@ -169,7 +171,7 @@ class Slots:
         """All arrays that were submitted, by id; a damaged record is passed over: the queue has the name too."""
         found = {}
         for path in sorted((self.folder / "jobs").glob("[0-9]*.json")):
-            with contextlib.suppress(OSError, ValueError, TypeError):
+            with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
                 job = Job(**unsealed(atomic.read(path)))
                 found[job.id] = job
         return found
@@ -191,30 +193,35 @@ class Slots:
     # -- the queue -----------------------------------------------------------------------------------------
 
     def poll(self, seconds: float = LOOK) -> Look | None:
-        """What the queue says, for a driver: asked anew unless this machine has within `seconds`, and since the last
-        submission; None where it does not answer. The caller holds the sweep's claim: nobody else submits.
+        """What the queue says, for a driver: asked anew unless one of this machine has within `seconds`, and nothing
+        was submitted since; None where it does not answer. The caller holds the sweep's claim: nobody else submits.
         """
         said = self._said()
-        if not said.get("open") and (age := self._age(said)) is not None and age < seconds:
+        if said.get("is_drivers") and (age := self._age(said)) is not None and age < seconds:
             return _read(said)
-        return self._ask(is_open=False)
+        return self._ask(is_drivers=True)
 
     def look(self, *, fresh: bool = False) -> Look | None:
         """What the queue said, asked again where no process of this machine has within LOOK seconds, or if fresh."""
         said = self._said()
         if not fresh and self._age(said) is not None:
             return _read(said)
-        return self._ask(is_open=bool(said.get("open"))) if _queue.is_here() else None
+        return self._ask(is_drivers=False) if _queue.is_here() else None
 
-    def _ask(self, *, is_open: bool) -> Look | None:
+    def forget_look(self) -> None:
+        """What the queue said is of no use any more."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._queue)
+
+    def _ask(self, *, is_drivers: bool) -> Look | None:
         jobs, tasks = sorted(self.jobs()), _queue.poll(self.name)
         said = None if tasks is None else list(tasks.values())
-        self._keep({"at": time.monotonic(), "open": is_open, "jobs": jobs, "tasks": said})
+        self._keep({"at": time.monotonic(), "is_drivers": is_drivers, "jobs": jobs, "tasks": said})
         return None if tasks is None else Look(tasks, frozenset(jobs))
 
     def _said(self) -> dict[str, Any]:
         """What this machine's file says."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             said = json.loads(atomic.read(self._queue))
             return said if isinstance(said, dict) else {}
         return {}
@@ -233,11 +240,13 @@ class Slots:
     # -- what slots say ------------------------------------------------------------------------------------
 
     def notes(self) -> list[Note]:
-        """What every turn of every slot last said, the turns of a slot in order."""
+        """What every turn of every slot last said, the turns of a slot in order; what is no note is passed over."""
         found = []
         for path in self.notes_folder.glob("*.json"):
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                found.append(Note(**json.loads(atomic.read(path))))
+            with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+                note = Note(**json.loads(atomic.read(path)))
+                shares = {str(cell): float(share) for cell, share in note.in_flight.items()}
+                found.append(note._replace(task=_task(note.task), restart=int(note.restart), in_flight=shares))
         return sorted(found, key=lambda note: (note.task, note.restart))
 
     def log(self, task: str) -> Path:
@@ -251,9 +260,16 @@ class Slots:
             yield from self.folder.glob(pattern)
 
 
+def _task(name: str) -> str:
+    """The name of an array task; ValueError for anything else."""
+    if not _queue.TASK.fullmatch(name):
+        raise ValueError(name)
+    return name
+
+
 def _read(said: Mapping[str, Any]) -> Look | None:
     """A look as it was written; None where the queue did not answer, or the file says something else."""
-    with contextlib.suppress(TypeError, KeyError, ValueError):
+    with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):
         if said["tasks"] is not None:
             return Look({task.id: task for task in (Task(*words) for words in said["tasks"])}, frozenset(said["jobs"]))
     return None

@@ -26,7 +26,7 @@ MAX_LEVELS, MAX_REASONS = 30, 20
 def summarise(root: Path, name: str) -> dict[str, Any]:
     """State of a sweep, JSON-able: counts, axes (level -> counts), failures by reason, running, corrupt.
 
-    Changes nothing on the disk.
+    Changes nothing on the disk but the note of what the queue said.
     """
     root = Path(root)
     folder = sweep_folder(root, name)

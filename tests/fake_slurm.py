@@ -13,6 +13,7 @@ FAKE_SLURM_RUN=1: sbatch starts the tasks as processes of this machine, all at o
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def start(name, ids, script):
         if "_" in task:
             env |= {"SLURM_ARRAY_JOB_ID": name, "SLURM_ARRAY_TASK_ID": str(i)}
         code = state_folder() / f"{task}.code"
-        command = f"bash {script}; echo $? > {code}"
+        command = f"bash {shlex.quote(script)}; echo $? > {shlex.quote(str(code))}"
         process = subprocess.Popen(
             ["sh", "-c", command], env=env, start_new_session=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -102,10 +102,10 @@ def test_memory():
 
 
 def test_waiting_jobs_of_this_plan():
-    """Those that need not come once nothing is left; another plan's may have work."""
+    """Those that need not come once nothing is left; those of other orders may have work."""
     jobs = [job("1"), job("2", order=Order("q")), job("3", order=Order("p"))]
     tasks = {"1_0": "RUNNING", "1_1": "PENDING", "2_0": "PENDING", "3_0": "PENDING", "3_1": "COMPLETED"}
-    assert seen(jobs, tasks).waiting == {"1", "3"}
+    assert seen(jobs, tasks).waiting == {"1"}
 
 
 # -- deaths ------------------------------------------------------------------------------------------------
@@ -143,7 +143,6 @@ def test_who_was_not_computing_kills_nobody(end):
     [
         ("NODE_FAIL", "preempted"),
         ("PREEMPTED", "preempted"),
-        ("CANCELLED", "preempted"),
         ("GONE", "preempted"),
         ("OUT_OF_MEMORY", "oom"),
         ("FAILED", "bug"),
@@ -158,8 +157,14 @@ def test_causes(state, cause):
 
 def test_told_to_leave_is_preempted_whatever_the_queue_makes_of_it():
     """A slot that left on SIGTERM may be listed as FAILED, or as forgotten."""
-    for state in ("FAILED", "GONE", "CANCELLED", "COMPLETED"):
+    for state in ("FAILED", "GONE", "COMPLETED"):
         assert deaths(note("7_0", "stopped", a=0.9), state=state) == [("a", "preempted")]
+
+
+def test_what_a_human_cancelled_kills_nobody():
+    """Catches a cell that is given up because somebody changed their mind five times."""
+    for end in (None, "stopped"):
+        assert not deaths(note("7_0", end, a=0.9), state="CANCELLED")
 
 
 def test_deaths_of_another_order_do_not_count():

@@ -21,6 +21,7 @@ class Site:
         if size > self.largest or sum(self.taken) + size > self.room:
             raise TooMany(self.words)
         self.taken.append(size)
+        return True
 
     def intake(self):
         return Intake(self.submit, lambda: self.most, self.said.append)
@@ -85,4 +86,11 @@ def test_what_can_never_be_taken_is_an_error_until_something_was():
     site = Site(room=2, words=words)
     intake = site.intake()
     assert intake.take(4) == 2 and intake.take(2) == 0
-    assert Site(room=0, words=f"QOSMaxSubmitJobPerUserLimit {words}").intake().take(4) == 0
+    for limit in ("QOSMaxSubmitJobPerUserLimit", "QOSGrpSubmitJobsLimit", "AssocGrpSubmitJobsLimit"):
+        assert Site(room=0, words=f"{limit} {words}").intake().take(4) == 0
+
+
+def test_nothing_follows_where_that_is_not_wanted():
+    """Catches arrays that are submitted after `rmsweep cancel`, and cancelled ones that count as taken."""
+    asked = []
+    assert Intake(lambda size: asked.append(size), lambda: 2, print).take(9) == 0 and asked == [2]

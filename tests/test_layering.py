@@ -30,7 +30,7 @@ LAYERS = [  # a module may import from its own layer (see SIDEWAYS) and from tho
     {"stages", "grid"},
     {"pipeline", "plan", "planner", "units"},
     {"runner", "results", "progress", "slots"},
-    {"schedule", "diary", "fleet", "intake"},
+    {"schedule", "diary", "fleet", "rounds", "intake", "todo"},
     {"status", "execute", "cost_model", "verify", "recompute", "collect", "why", "history", "cluster"},
     {"notebook"},
     {"cli"},

@@ -72,7 +72,7 @@ def poll(name: str) -> dict[str, Task] | None:
 
 
 def ends(ids: Collection[str]) -> dict[str, str]:
-    """Array task -> state, as accounting has it; empty where there is none."""
+    """Array task -> the state it ended in, of those whose end accounting knows."""
     jobs = sorted({name.partition("_")[0] for name in ids})
     said = _answer(
         "sacct", "--noheader", "--parsable2", "--allocations", "--format=JobID,State", f"--jobs={','.join(jobs)}"
@@ -80,7 +80,7 @@ def ends(ids: Collection[str]) -> dict[str, str]:
     found = {}
     for line in (said or "").splitlines():
         name, _, state = line.partition("|")
-        if name in ids:
+        if name in ids and _state(state) in ENDS:  # accounting lags behind: RUNNING is no end
             found[name] = _state(state)
     return found
 

@@ -32,13 +32,23 @@ from rmsweep.errors import ConfigError, RmsweepError
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.,:=-]{0,127}$"
 CONSTRAINT = r"^[A-Za-z0-9(\[][A-Za-z0-9_.,:=&|*()\[\]-]{0,255}$"
 MAX_ARRAY = 1000  # where the site does not say: Slurm's own default
-BUSY = ("timed out", "unable to contact", "temporarily", "zero bytes", "connection refused", "try again")
-TOO_MANY = ("maxsubmit", "submit limit", "max submit", "array specification", "maxarraysize", "maxjobcount")
-# In the place of the batch shell, which would not outlive SIGTERM, and whose end is the end of the job
-OPTIONS = (  # of sbatch, as environment variables, that would undo ours
-    "SBATCH_JOB_NAME", "SBATCH_ARRAY_INX", "SBATCH_SIGNAL", "SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_OUTPUT",
-    "SBATCH_ERROR", "SBATCH_TIMELIMIT", "SBATCH_OPEN_MODE",
+BUSY = (
+    "timed out", "unable to contact", "temporarily", "zero bytes", "connection refused", "try again", "standby mode",
 )  # fmt: skip
+TOO_MANY = ("maxsubmit", "submit limit", "max submit", "array specification", "maxarraysize", "maxjobcount")
+OPTIONS = {  # of sbatch, as environment variables, which outweigh those of the script: what we say -> what undoes it
+    None: ["JOB_NAME", "ARRAY_INX", "SIGNAL", "REQUEUE", "NO_REQUEUE", "OUTPUT", "ERROR", "TIMELIMIT", "OPEN_MODE",
+           "CLUSTERS", "WAIT"],
+    "partition": ["PARTITION"],
+    "account": ["ACCOUNT"],
+    "qos": ["QOS"],
+    "constraint": ["CONSTRAINT"],
+    "gpus_per_slot": ["GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK"],
+    "memory_gib": ["MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"],
+}  # fmt: skip
+# of a job that the driver runs in: its slots would take them for theirs
+OUTER = re.compile(r"SLURM_(ARRAY_.*|RESTART_COUNT|JOB_START_TIME|JOB_END_TIME)")
+# In the place of the batch shell, which would not outlive SIGTERM, and whose end is the end of the job
 PYTHON = f"exec {shlex.quote(sys.executable)}"
 UNREADABLE = re.compile(r"[%\\\x00-\x1f\x7f]")
 SECONDS = 120.0  # for sbatch
@@ -132,13 +142,18 @@ class Slurm:
         }
         return {key: value for key, value in wanted.items() if value is not None}
 
+    def _undone(self) -> list[str]:
+        """Environment variables that would undo what slots ask for, or pass for theirs."""
+        fields = [name for name in OPTIONS if name is None or getattr(self, name)]
+        options = {f"SBATCH_{option}" for name in fields for option in OPTIONS[name]}
+        return [name for name in os.environ if name in options or OUTER.fullmatch(name)]
+
     def submit(self, slot: Slot, name: str, folder: Path, n_slots: int, memory_gib: float | None) -> str:
         """Submit one array of `n_slots` slots, with its files in `folder`; its job id.
 
         Raises Busy when no clear answer came, TooMany when the site wants fewer, ConfigError when sbatch refuses.
         """
         submitit = _submitit()
-        check_folder(folder)
         try:
             executor = submitit.SlurmExecutor(folder, python=PYTHON)
         except RuntimeError as error:
@@ -146,7 +161,7 @@ class Slurm:
         executor.update_parameters(**self.parameters(name, memory_gib, n_slots))
         before = {path.name for path in folder.iterdir()}
         try:
-            with _without(OPTIONS):
+            with _without(self._undone()):
                 jobs = _aside(lambda: executor.submit_array([slot] * n_slots))
         except submitit.core.utils.FailedJobError as error:
             refusal = _refusal(str(error), n_slots)
@@ -205,7 +220,7 @@ def _refusal(text: str, n_slots: int) -> Exception:
 
 @contextlib.contextmanager
 def _without(names: Sequence[str]) -> Iterator[None]:
-    """Environment variables put aside: sbatch would take them for options, before those of the script."""
+    """Environment variables put aside."""
     aside = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
@@ -213,8 +228,11 @@ def _without(names: Sequence[str]) -> Iterator[None]:
         os.environ.update(aside)
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a path that a batch script or Slurm's file patterns would read otherwise."""
+def check_site(folder: Path) -> None:
+    """Refuse a machine that cannot submit, and a path that a batch script or Slurm's file patterns read otherwise."""
+    _submitit()
+    if not _queue.is_here():
+        raise ConfigError("engine=slurm: this machine has no squeue; run it on a login node of the cluster")
     if UNREADABLE.search(str(folder)):
         raise ConfigError(
             f"root: {str(folder)!r} holds %, a backslash or control characters, which a batch script cannot name"
