@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from conftest import PRESETS
-from fake_pipeline import fake_plan
+from fake_pipeline import fake_plan, fake_run
 
-from rmsweep import execute, hardware
+from rmsweep import claims, execute, hardware
 from rmsweep.claims import Claims
 from rmsweep.cli import slot
 from rmsweep.diary import Diary
@@ -195,6 +195,64 @@ def test_a_turn_without_a_cell_is_not_requeued(tmp_path):
     assert supervisor._is_worth_it("5_0", 0)
     (tmp_path / _slot.CANCELLED).touch()
     assert not supervisor._is_worth_it("5_0", 0)
+
+
+def test_a_request_to_leave_outweighs_a_warning():
+    """Catches a slot that is preempted just after its warning and exits by itself: it would never be requeued."""
+    supervisor = _slot._Supervisor(_slot.Slot((), "", 60.0, 5.0))
+    for why in ("time", "leave", "time", ""):
+        supervisor._note(why)
+    assert supervisor.why == "leave"
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(_slot.LEFT, True), (0, False), (1, False)])
+def test_only_who_has_work_left_goes_back_to_the_queue(tmp_path, monkeypatch, code, requeued):
+    """Catches a slot that is requeued although nothing is left, or although it failed."""
+    asked = []
+    monkeypatch.setattr(_queue, "requeue", lambda name: asked.append(name) or False)
+    monkeypatch.setattr(_slot._Supervisor, "_is_worth_it", lambda *_: True)
+    script = f"import time, sys, signal; signal.signal(signal.SIGINT, lambda *_: sys.exit({code})); time.sleep(60)"
+    start = _slot.subprocess.Popen
+    monkeypatch.setattr(_slot.subprocess, "Popen", lambda command: start([command[0], "-c", script]))
+    monkeypatch.setattr(_slot, "LAG", 1.0)
+    with contextlib.suppress(RuntimeError):
+        _slot.Slot((), str(tmp_path), 8.0, 5.0)()
+    assert bool(asked) == requeued
+
+
+def test_a_child_that_does_not_leave_is_killed(monkeypatch):
+    """Catches a slot that hangs with its child until Slurm kills both, and what was published last with them."""
+    monkeypatch.setattr(_slot, "GRACE", 0.5)
+    supervisor = _slot._Supervisor(_slot.Slot((), "", 60.0, 5.0))
+    supervisor.why = "time"
+    script = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    child.stdout.readline()
+    assert supervisor._ended(child) == -signal.SIGKILL
+
+
+def test_slots_wait_longer_than_a_lease():
+    """Catches slots that all leave before what a dead node held can be claimed."""
+    assert claims.LEASE < slot.PATIENCE
+
+
+def test_a_cell_that_another_slot_has_run_again_is_not_run_a_third_time(tmp_path, monkeypatch):
+    """The list of retries says up to which attempt; catches slots that each repeat the whole list."""
+    monkeypatch.setenv("FAKE_FAULTS", json.dumps({"1": "raise", "2": "raise"}))
+    plan = fake_plan(4)
+    fake_run(plan, tmp_path)
+    keys = [plan.cells[i].fingerprint for i in (1, 2)]
+    again = Store(tmp_path).attempts(keys)
+    fake_run(plan, tmp_path, retry=frozenset(keys[:1]))
+    seen = []
+    monkeypatch.setattr(slot.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(execute, "help_with", lambda *a, **k: seen.append(k["retry"]) or HELPED)
+    files = Slots(tmp_path, "s")
+    files.prepare()
+    assert slot.main(_slot_arguments(tmp_path, plan, retry=files.write_retry(again))) == 0
+    assert seen == [frozenset(keys[1:])]
 
 
 def test_the_limits_of_the_job_count(tmp_path, monkeypatch):

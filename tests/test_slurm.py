@@ -21,6 +21,7 @@ from rmsweep.cli import main
 from rmsweep.engines import _queue, _slot, slurm
 from rmsweep.engines.slurm import Slurm
 from rmsweep.errors import ConfigError, RmsweepError, StoreError
+from rmsweep.fingerprint import digest
 from rmsweep.plan import sweep_folder
 from rmsweep.progress import Progress
 from rmsweep.slots import Job, Note, Slots
@@ -303,6 +304,53 @@ def test_presets_of_sites_are_data():
     for option in PRESETS.options("engine"):
         built = component.build("engine", PRESETS.node("engine", option))
         assert set(component.identity(built)) == {"kind", "version"}
+
+
+def test_a_machine_without_slurm(tmp_path, monkeypatch):
+    """Catches a driver that waits for ever for a squeue which is not there."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for detach in (False, True):
+        with pytest.raises(ConfigError, match="login node"):
+            cluster.run(fake_plan(1), tmp_path, engine(), detach=detach, work=WORK)
+
+
+def test_shares_begin_where_those_before_end(site, tmp_path):
+    """Catches arrays whose slots all begin with the same units."""
+    with driver(tmp_path, fake_plan(40), slots=5, max_array=3) as one:
+        seen = []
+        submit = one.engine.submit
+        object.__setattr__(one.engine, "submit", lambda slot, *rest: seen.append(slot.arguments) or submit(slot, *rest))
+        one.step()
+        assert [words[words.index("--first") + 1] for words in seen] == ["0", "3"]
+    with driver(tmp_path, fake_plan(40), slots=5) as two:
+        two.step()
+        assert two._slot().arguments[two._slot().arguments.index("--first") + 1] == "5"
+
+
+def test_the_users_own_defaults_count_where_the_config_says_nothing(site, tmp_path, monkeypatch):
+    """Catches SBATCH_PARTITION over engine.partition, SBATCH_CLUSTERS and SBATCH_WAIT, and what a job that the driver
+    runs in would pass on to its slots; a default for what the config leaves open stays."""
+    gone = ["SBATCH_PARTITION", "SBATCH_MEM_PER_CPU", "SBATCH_CLUSTERS", "SBATCH_WAIT", "SLURM_ARRAY_TASK_ID",
+            "SLURM_RESTART_COUNT", "SLURM_JOB_END_TIME"]  # fmt: skip
+    for name in [*gone, "SBATCH_ACCOUNT", "SBATCH_QOS", "SLURM_CONF"]:
+        monkeypatch.setenv(name, "mine")
+    seen = []
+    monkeypatch.setattr("submitit.SlurmExecutor.submit_array", lambda *a: seen.append(dict(os.environ)) or 1 / 0)
+    with driver(tmp_path, fake_plan(6), partition="p", qos="q", memory_gib=1.0) as one:
+        with pytest.raises(ZeroDivisionError):
+            one.engine.submit(one._slot(), "s", one.files.folder, 1, None)
+    assert not {*gone, "SBATCH_QOS"} & seen[0].keys() and {"SBATCH_ACCOUNT", "SLURM_CONF"} <= seen[0].keys()
+    assert os.environ["SLURM_ARRAY_TASK_ID"] == "mine"
+
+
+def test_a_job_of_which_only_a_part_is_found(site, tmp_path):
+    """An array of three whose answer was lost and of which one task lives: its end is known by its own name."""
+    site.wrong(lose_reply=1)
+    with driver(tmp_path, fake_plan(6), slots=3) as one:
+        one.step()
+        site.states(t101_1="FAILED", t101_2="FAILED")
+        one.step()
+        assert one.files.jobs()["101"].tasks == ["101_0"] and len(site.tasks()) == 5
 
 
 # -- watching ----------------------------------------------------------------------------------------------
@@ -631,6 +679,42 @@ def test_more_memory(site, tmp_path, monkeypatch):
     assert Store(tmp_path).states([plan.cells[1].fingerprint])[plan.cells[1].fingerprint].cause == "oom"
 
 
+@pytest.mark.parametrize("max_memory_gib", [8.0, 64.0])
+def test_more_memory_from_the_next_driver(site, tmp_path, monkeypatch, max_memory_gib):
+    """Catches a promise that only the driver of the first round keeps: after `--detach`, or when it was killed, and when
+    the slots that had more memory never tried the cell. Once it was tried with all there is, it has failed."""
+    monkeypatch.setenv("FAKE_FAULTS", json.dumps({"1": "short"}))
+    plan, wanted = fake_plan(3), ["4096M"]
+    fields = {"memory_gib": 4.0, "max_memory_gib": max_memory_gib, "slots": 1}
+    assert cluster.run(plan, tmp_path, engine(**fields), detach=True, work=WORK) is None
+    fake_run(plan, tmp_path)
+    site.states(all="COMPLETED")
+    for _ in range(2):
+        assert cluster.run(plan, tmp_path, engine(**fields), detach=True, work=WORK) is None
+        cluster.cancel(tmp_path, "s")
+        wanted.append("8192M")
+    assert [job["options"]["mem"] for job in site.jobs().values()] == wanted
+    fake_run(plan, tmp_path, retry=frozenset([plan.cells[1].fingerprint]))
+    if max_memory_gib > 8:
+        assert cluster.run(plan, tmp_path, engine(**fields), detach=True, work=WORK) is None
+        assert list(site.jobs().values())[-1]["options"]["mem"] == "16384M"
+    else:
+        summary = cluster.run(plan, tmp_path, engine(**fields), progress=False, work=WORK)
+        assert summary.counts["failed"] == 1 and len(site.jobs()) == 3
+
+
+def test_memory_of_the_slots_at_work(site, tmp_path):
+    """Catches a driver that comes back and replaces a slot with a smaller one."""
+    with driver(tmp_path, fake_plan(6), memory_gib=4.0, max_memory_gib=8.0) as one:
+        one.step()
+        site.states(all="OUT_OF_MEMORY")
+        one.step()
+        site.states(t102_0="RUNNING", t102_1="NODE_FAIL")
+    with driver(tmp_path, fake_plan(6), memory_gib=4.0, max_memory_gib=8.0) as two:
+        two.step()
+    assert [job["options"]["mem"] for job in site.jobs().values()] == ["4096M", "8192M", "8192M"]
+
+
 def test_a_slot_killed_for_its_memory(site, tmp_path):
     """OUT_OF_MEMORY: the next slots get more."""
     with driver(tmp_path, fake_plan(6), memory_gib=4.0, max_memory_gib=6.0) as one:
@@ -784,6 +868,138 @@ def test_slots_of_an_earlier_command_do_not_end_this_one(site, tmp_path):
         site.states(t101_0="FAILED")
         one.step()
     assert [len(job["tasks"]) for job in site.jobs().values()] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Requested node configuration is not available",
+        "Required partition not available (inactive or drain)",
+        "Slurm backup controller in standby mode",
+        "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
+    ],
+)
+def test_a_refusal_ends_nothing_while_slots_work(site, tmp_path, words):
+    """Catches a driver that ends in mid-sweep because the place of one lost slot cannot be filled now."""
+    with driver(tmp_path, fake_plan(6), slots=3) as one:
+        one.step()
+        site.states(t101_0="RUNNING", t101_1="RUNNING", t101_2="FAILED")
+        site.wrong(refuse=words)
+        one.step()
+        assert one.n_live == 2 and one.n_missing == 1
+    with driver(tmp_path, fake_plan(6), slots=3) as again:
+        again.step()
+        site.wrong()
+        for _ in range(3):
+            again.step()
+        assert again.n_live == 3
+
+
+def test_what_accounting_says_of_a_slot_that_lives_is_no_end(site, tmp_path):
+    """Catches a slot that squeue has forgotten and a late accounting calls RUNNING: it was waited for, for ever."""
+    with driver(tmp_path, fake_plan(6)) as one:
+        one.step()
+        site.states(all="GONE", accounting={"101_0": "RUNNING", "101_1": "PENDING"})
+        one.step()
+        one.step()
+        assert one.n_live == 2
+    assert len(site.calls("sbatch")) == 2
+
+
+@pytest.mark.parametrize("n_done", [0, 1])
+def test_one_slot_that_gives_up(site, tmp_path, monkeypatch, n_done):
+    """Its share may be all of one broken bank: catches a sweep that ends for it although elsewhere cells are done."""
+    plan = fake_plan(6)
+    with driver(tmp_path, plan) as one:
+        one.step()
+        site.states(t101_0="COMPLETED", t101_1="RUNNING")
+        if n_done:
+            fake_run(dataclasses.replace(plan, cells=plan.cells[:n_done]), tmp_path)
+        note(one, "101_0", "given_up", message="stopped early: the first 20 cells failed alike")
+        one.step()
+        assert one.is_over == (not n_done)
+
+
+@pytest.mark.parametrize(("end", "raises"), [("store", False), ("refused", True)])
+def test_a_bad_node_that_begins_first(site, tmp_path, end, raises):
+    """A full disk may be that node's own, so those that wait are waited for; other code is everybody's, and they go."""
+    with driver(tmp_path, fake_plan(6), slots=3) as one:
+        one.step()
+        note(one, "101_0", end, message="No space left on device")
+        site.states(t101_0="FAILED")
+        with pytest.raises(ConfigError) if raises else contextlib.nullcontext():
+            one.step()
+    assert site.tasks()["101_1"] == ("CANCELLED" if raises else "PENDING")
+
+
+def test_ctrl_c_while_another_driver_submits(site, tmp_path, monkeypatch):
+    """Catches a Ctrl-C that waits for the other driver's claim."""
+    monkeypatch.setattr(cluster, "LOOK", 0.05)
+    with driver(tmp_path, fake_plan(6)) as one, Claims(one.claims.folder) as other:
+        with other.held(f"slurm-{digest('s')}"):
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            began = time.monotonic()
+            assert one.watch() == signal.SIGINT and time.monotonic() - began < 5
+    assert not site.calls("sbatch")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"in_flight": null}',
+        '{"in_flight": {"a": null}}',
+        '{"task": 5}',
+        '{"task": "../../x"}',
+        '{"restart": "one"}',
+        "[" * 100_000,
+        "null",
+        "5",
+    ],
+)
+def test_files_that_are_no_notes(site, tmp_path, text):
+    """Catches a driver or a status that ends in a traceback over a file in the folder of notes, or of anything else."""
+    with driver(tmp_path, fake_plan(6)) as one:
+        one.step()
+        sound = Note("101_0", 0, "n1", 0, {}, None, "", *one._order)._asdict()
+        changed = json.dumps({**sound, **json.loads(text)}) if text.startswith("{") else text
+        (one.files.notes_folder / "101_0.0.json").write_text(changed)
+        for path in (one.files.folder / "name.json", one.files.folder / "jobs" / "102.json", one.files._queue):
+            path.write_text(text)
+        one.step()
+        assert not one.files.notes() and one.n_live == 2
+        status.render(status.summarise(tmp_path, "s"))
+
+
+def test_detached_and_cancelled_meanwhile(site, tmp_path, monkeypatch):
+    """Catches `--detach` that calls cancelled slots submitted."""
+    submit = Slurm.submit
+
+    def late(self, *arguments):
+        cluster.cancel(tmp_path, "s")
+        return submit(self, *arguments)
+
+    monkeypatch.setattr(Slurm, "submit", late)
+    with pytest.raises(RmsweepError, match="cancelled"):
+        cluster.run(fake_plan(6), tmp_path, engine(), detach=True, work=WORK)
+    assert set(site.tasks().values()) == {"CANCELLED"}
+
+
+def test_what_was_submitted_while_cancel_looked_goes_too(site, tmp_path, monkeypatch):
+    """Catches a slot that lives on after `rmsweep cancel` because the driver's record of it came later."""
+    monkeypatch.setattr(cluster, "LOOK", 0.05)
+    with driver(tmp_path, fake_plan(6)) as one:
+        one.step()
+        one.files.cancel()  # its look at the queue was before our submission
+        assert one.watch() is None and one.is_over
+    assert set(site.tasks().values()) == {"CANCELLED"}
+
+
+def test_cancel_and_run_again_at_once(site, tmp_path):
+    """Catches a run that takes the slots which `cancel` saw for alive."""
+    assert cluster.run(fake_plan(6), tmp_path, engine(poll_seconds=30.0), detach=True, work=WORK) is None
+    cluster.cancel(tmp_path, "s")
+    assert cluster.run(fake_plan(6), tmp_path, engine(poll_seconds=30.0), detach=True, work=WORK) is None
+    assert sorted(site.tasks().values()) == ["CANCELLED", "CANCELLED", "PENDING", "PENDING"]
 
 
 def test_cancel(site, tmp_path, monkeypatch, capsys):
