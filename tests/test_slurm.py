@@ -336,9 +336,9 @@ def test_the_users_own_defaults_count_where_the_config_says_nothing(site, tmp_pa
         monkeypatch.setenv(name, "mine")
     seen = []
     monkeypatch.setattr("submitit.SlurmExecutor.submit_array", lambda *a: seen.append(dict(os.environ)) or 1 / 0)
-    with driver(tmp_path, fake_plan(6), partition="p", qos="q", memory_gib=1.0) as one:
-        with pytest.raises(ZeroDivisionError):
-            one.engine.submit(one._slot(), "s", one.files.folder, 1, None)
+    fields = {"partition": "p", "qos": "q", "memory_gib": 1.0}
+    with driver(tmp_path, fake_plan(6), **fields) as one, pytest.raises(ZeroDivisionError):
+        one.engine.submit(one._slot(), "s", one.files.folder, 1, None)
     assert not {*gone, "SBATCH_QOS"} & seen[0].keys() and {"SBATCH_ACCOUNT", "SLURM_CONF"} <= seen[0].keys()
     assert os.environ["SLURM_ARRAY_TASK_ID"] == "mine"
 
@@ -681,7 +681,7 @@ def test_more_memory(site, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("max_memory_gib", [8.0, 64.0])
 def test_more_memory_from_the_next_driver(site, tmp_path, monkeypatch, max_memory_gib):
-    """Catches a promise that only the driver of the first round keeps: after `--detach`, or when it was killed, and when
+    """Catches a promise that only the driver of the first round keeps: after `--detach`, when it was killed, and when
     the slots that had more memory never tried the cell. Once it was tried with all there is, it has failed."""
     monkeypatch.setenv("FAKE_FAULTS", json.dumps({"1": "short"}))
     plan, wanted = fake_plan(3), ["4096M"]
@@ -935,11 +935,11 @@ def test_a_bad_node_that_begins_first(site, tmp_path, end, raises):
 def test_ctrl_c_while_another_driver_submits(site, tmp_path, monkeypatch):
     """Catches a Ctrl-C that waits for the other driver's claim."""
     monkeypatch.setattr(cluster, "LOOK", 0.05)
-    with driver(tmp_path, fake_plan(6)) as one, Claims(one.claims.folder) as other:
-        with other.held(f"slurm-{digest('s')}"):
-            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-            began = time.monotonic()
-            assert one.watch() == signal.SIGINT and time.monotonic() - began < 5
+    key = f"slurm-{digest('s')}"
+    with driver(tmp_path, fake_plan(6)) as one, Claims(one.claims.folder) as other, other.held(key):
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        began = time.monotonic()
+        assert one.watch() == signal.SIGINT and time.monotonic() - began < 5
     assert not site.calls("sbatch")
 
 
