@@ -263,12 +263,8 @@ class _Driver:
     def _missing(self, now: Fleet, left: set[str]) -> int:
         """Slots to submit: enough for all that is left, and enough of this order for what only they may run."""
         again = left & self.todo.again.keys()
-        wanted = max(self._wanted(len(left)) - now.n_live(now.is_akin), self._wanted(len(again)))
+        wanted = max(self.engine.slots_for(len(left)) - now.n_live(now.is_akin), self.engine.slots_for(len(again)))
         return wanted - now.n_live(now.is_ours) - self.rounds.n_done(now)
-
-    def _wanted(self, n_cells: int) -> int:
-        """Slots for so many cells: none without a cell for each of its workers' first turn."""
-        return min(self.engine.slots, -(-n_cells // self.engine.workers_per_slot))
 
     def _take(self, n_slots: int) -> int:
         """Submit slots; how many were taken. While others work, a refusal ends nothing."""

@@ -47,15 +47,15 @@ class Fleet:
         return sum(of(self._order_of(task)) for task in self.tasks.values() if task.is_live)
 
     def is_ours(self, order: Order) -> bool:
-        """The present order, or one that nobody knows."""
+        """The present order, or one that nobody knows: it counts for every cell."""
         return order == self.order or not order.plan
 
     def is_akin(self, order: Order) -> bool:
-        """The same plan with another list of cells to run again."""
+        """The same plan with another list of cells to run again: it counts for cells without a record."""
         return order.plan == self.order.plan and not self.is_ours(order)
 
     def is_foreign(self, order: Order) -> bool:
-        """Another plan: its slots know nothing of cells that are only in this one."""
+        """Another plan: it counts for none, since its slots may know nothing of this one's cells."""
         return not self.is_ours(order) and not self.is_akin(order)
 
     @property

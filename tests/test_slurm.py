@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import fake_slurm
 import pytest
@@ -17,7 +18,7 @@ from fake_pipeline import fake_plan, fake_run
 
 from rmsweep import cluster, collect, component, execute, intake, rounds, status
 from rmsweep.claims import Claims
-from rmsweep.cli import main
+from rmsweep.cli import main, render
 from rmsweep.engines import _queue, _slot, slurm
 from rmsweep.engines.slurm import Slurm
 from rmsweep.errors import ConfigError, RmsweepError, StoreError
@@ -312,6 +313,27 @@ def test_a_machine_without_slurm(tmp_path, monkeypatch):
     for detach in (False, True):
         with pytest.raises(ConfigError, match="login node"):
             cluster.run(fake_plan(1), tmp_path, engine(), detach=detach, work=WORK)
+
+
+@pytest.mark.parametrize(
+    ("fields", "n_cells", "hours", "text"),
+    [
+        ({"slots": 20, "cpus_per_slot": 32, "memory_gib": 64.0}, 12960, 116.0,
+         "20 slots of 32 CPUs, 64 GiB, at most 240 min at a time: about 0.18 h on all of them at once, 1 turn each"),
+        ({"slots": 4, "cpus_per_slot": 16, "gpus_per_slot": 1, "time_minutes": 60}, 400, 12.0,
+         "4 slots of 16 CPUs, 1 GPU, at most 60 min at a time: about 3 h on all of them at once, 4 turns each"),
+        ({"slots": 8, "cpus_per_slot": 8}, 9, 4.0,
+         "2 slots of 8 CPUs, at most 240 min at a time: about 0.25 h on all of them at once, 1 turn each"),
+        ({"slots": 8, "cpus_per_slot": 1}, 1, None, "1 slot of 1 CPU, at most 240 min at a time"),
+        ({"slots": 8, "cpus_per_slot": 8}, 0, 0.0, "0 slots of 8 CPUs, at most 240 min at a time"),
+    ],
+)  # fmt: skip
+def test_what_plan_says_of_slots(fields, n_cells, hours, text):
+    """By hand: hours over slots and workers, turns of the time limit less the warning; as many slots as come."""
+    cells = [SimpleNamespace(reason=None, fingerprint=str(i)) for i in range(n_cells)]
+    forecast = None if hours is None else SimpleNamespace(hours=hours, n_covered=1, uncovered={})
+    plan = SimpleNamespace(cells=cells)
+    assert render.slots_text(Slurm(**fields), plan, {}, forecast) == f"slurm: {text}"
 
 
 def test_shares_begin_where_those_before_end(site, tmp_path):

@@ -115,11 +115,12 @@ def cost_text(plan: Plan, states: Mapping[str, str], forecast: Forecast | None, 
 def slots_text(engine: Any, plan: Plan, states: Mapping[str, str], forecast: Forecast | None) -> str:
     """What slots of a cluster are asked for, and how many hours and turns they need as far as the cost is known."""
     n_new = len({c.fingerprint for c in plan.cells if c.reason is None and c.fingerprint not in states})
-    n_slots = min(engine.slots, n_new)
-    gpus = f", {engine.gpus_per_slot} GPUs" * bool(engine.gpus_per_slot)
+    n_slots = engine.slots_for(n_new)
+    gpus = f", {engine.gpus_per_slot} GPU{'s' * (engine.gpus_per_slot > 1)}" * bool(engine.gpus_per_slot)
     memory = f", {number(engine.memory_gib)} GiB" if engine.memory_gib else ""
     limit = f"{engine.time_minutes} min"
-    text = f"slurm: {n_slots} slots of {engine.cpus_per_slot} CPUs{gpus}{memory}, at most {limit} at a time"
+    cpus = f"{engine.cpus_per_slot} CPU{'s' * (engine.cpus_per_slot > 1)}"
+    text = f"slurm: {n_slots} slot{'s' * (n_slots != 1)} of {cpus}{gpus}{memory}, at most {limit} at a time"
     if not n_slots or forecast is None or not forecast.n_covered or forecast.uncovered:
         return text
     hours = forecast.hours / (n_slots * engine.workers_per_slot)

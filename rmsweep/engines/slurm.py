@@ -111,6 +111,10 @@ class Slurm:
         """Cells that one slot runs at once."""
         return self.workers or self.gpus_per_slot or self.cpus_per_slot
 
+    def slots_for(self, n_cells: int) -> int:
+        """Slots for so many cells: none without a cell for each of its workers' first turn."""
+        return min(self.slots, -(-n_cells // self.workers_per_slot))
+
     def more_memory(self, memory_gib: float | None) -> float | None:
         """What the next try of cells that ran out of memory gets; None where there is no more to give."""
         if memory_gib is None or self.max_memory_gib is None or memory_gib >= self.max_memory_gib:
