@@ -11,12 +11,11 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from rmsweep import execute, fleet, results, runner
+from rmsweep import atomic, execute, fleet, results, runner
 from rmsweep.causes import Cause
-from rmsweep.cell import PlannedCell
 from rmsweep.claims import Claims
 from rmsweep.engines import Signals, Stop, _queue, handlers
 from rmsweep.engines._queue import Task
@@ -67,10 +66,10 @@ def run(
         notes = execute.write_plan(plan, folder, claims)
         results.mark_last(root, plan.name)
         store.merge(cell.fingerprint for cell in cells)
-        short = _short_of_memory(cells, store, engine, files)
-        memory_gib = max(short.values(), default=engine.memory_gib)
+        short = _short_of_memory([cell.fingerprint for cell in cells], store, engine, files)
+        memory_gib = max(filter(None, (engine.memory_gib, *short.values())), default=None)
         todo = Todo(store, execute.pending_cells(cells, store, retry | short.keys(), plan.keep))
-        stopped, n_left = None, 0
+        stopped, n_left, told = None, 0, list[str]()
         if todo.cells:
             files.prepare()
             files.revive()
@@ -80,23 +79,26 @@ def run(
                     driver.begin()
                     return None
                 stopped, n_left = driver.watch(), len(driver.left())
-            notes = [*notes, *driver.notes]
+            told = driver.notes if bar.shows else []
+            notes += [] if bar.shows else driver.notes
         tables = execute.write_tables(plan.name, folder, store, claims)
-        return execute.summarised(plan, store, tables, notes, todo.n_stored, n_left, stopped)
+        return execute.summarised(plan, store, tables, notes, todo.n_stored, n_left, stopped, told)
 
 
-def _short_of_memory(cells: Sequence[PlannedCell], store: Store, engine: Slurm, files: Slots) -> dict[str, float]:
-    """Cells that ran out of memory in slots -> what they can have now: an earlier driver left before it gave them that.
+def _short_of_memory(keys: Collection[str], store: Store, engine: Slurm, files: Slots) -> dict[str, float]:
+    """Cells that ran out of memory in slots -> what they can have now, where that is more.
 
-    A job to which a cell was given anew counts only if the cell was tried since.
+    What a cell had: of jobs that were to run it again, the most of those in which it was tried; else the least of all.
     """
-    states = store.states(cell.fingerprint for cell in cells) if engine.max_memory_gib else {}
+    states = store.states(keys) if engine.max_memory_gib else {}
     short = [key for key, state in states.items() if state.cause == "oom"]
-    attempts, had = store.attempts(short), dict[str, float]()
+    attempts, named, others = store.attempts(short), dict[str, float](), list[float]()
     for job in files.jobs().values() if short else ():
-        given = files.read_retry(job.retry) if job.retry else {}
-        tried = [key for key in short if attempts.get(key, 0) > given.get(key, -1)]
-        had |= {key: max(had.get(key, 0.0), job.memory_gib or math.inf) for key in tried}
+        given = files.given(job.retry)
+        tried = [key for key in short if key in given and attempts.get(key, 0) > given[key]]
+        named |= {key: max(named.get(key, 0.0), job.memory_gib or math.inf) for key in tried}
+        others += [job.memory_gib or math.inf] * (not given)
+    had = {key: named.get(key, min(others, default=math.inf)) for key in short}
     more = {key: engine.more_memory(memory_gib) for key, memory_gib in had.items()}
     return {key: memory_gib for key, memory_gib in more.items() if memory_gib is not None}
 
@@ -134,6 +136,7 @@ class _Driver:
         due = time.monotonic()
         with handlers(self.signals), contextlib.suppress(Stop):
             while self._has_left() and not self.is_over:
+                self.signals.check()  # one that came during a submission that failed
                 if self.files.cancelled:
                     self._cancelled()
                 elif time.monotonic() >= due:
@@ -159,6 +162,7 @@ class _Driver:
                 self.step()
                 if self.n_live or self.is_over or time.monotonic() >= deadline:
                     break
+                self.signals.check()
                 time.sleep(self.engine.poll_seconds)
         if self.signals.received is not None:
             raise SystemExit(128 + self.signals.received)
@@ -185,11 +189,11 @@ class _Driver:
 
     def _with_more_memory(self) -> set[str]:
         """Stored cells that ran out of memory, to be run again where slots can have more of it."""
-        more = None if self.is_over else self.engine.more_memory(self._memory)
-        if more is None or not (short := self.todo.out_of_memory()):
+        short = {} if self.is_over else _short_of_memory(self.todo.cells, self.todo.store, self.engine, self.files)
+        if not short:
             return set()
-        self.notes.append(f"{len(short):,} cells ran out of memory; again with {more:g} GiB to a slot")
-        self._memory = more
+        self._memory = max(self._memory or 0.0, *short.values())
+        self._say(f"{len(short):,} cells ran out of memory; again with {self._memory:g} GiB to a slot")
         self.todo.run_again(short)
         return self.left()
 
@@ -237,11 +241,12 @@ class _Driver:
             if task.job not in known and task.is_live:
                 lost.setdefault(task.job, []).append(task.id)
         for job, ids in lost.items():
-            restore(self.files.folder, self._slot(), ids)
+            with atomic.disk_errors(self.files.folder):
+                restore(self.files.folder, self._slot(), ids)
             numbers = [int(name.partition("_")[2] or 0) for name in ids]
             found = Job(job, 1 + max(numbers), self._memory, round=self.rounds.number, is_array="_" in ids[0])
             self.files.record_found(found)
-            self.notes.append(f"job {job} was submitted without an answer and has been found again")
+            self._say(f"job {job} was submitted without an answer and has been found again")
 
     # -- submitting ----------------------------------------------------------------------------------------
 
@@ -249,6 +254,11 @@ class _Driver:
         """Submit slots where none is at work, or in the place of those that were lost."""
         if now.n_live(now.is_foreign):
             self._say(f"slots of an earlier command are still there; `rmsweep cancel {self.plan.name}` ends all")
+        if now.held:
+            self._say(
+                f"Slurm holds slots ({', '.join(sorted(now.held))}): `scontrol release` lets them go, or "
+                f"`rmsweep cancel {self.plan.name}` and the same command again"
+            )
         if not self.n_live and not self.rounds.may_begin(now, self.todo.n_stored):
             if self.rounds.is_hopeless:
                 self._give_up(now)
@@ -261,10 +271,12 @@ class _Driver:
         self.n_live, self.n_missing = self.n_live + taken, max(0, missing - taken)
 
     def _missing(self, now: Fleet, left: set[str]) -> int:
-        """Slots to submit: enough for all that is left, and enough of this order for what only they may run."""
-        again = left & self.todo.again.keys()
-        wanted = max(self.engine.slots_for(len(left)) - now.n_live(now.is_akin), self.engine.slots_for(len(again)))
-        return wanted - now.n_live(now.is_ours) - self.rounds.n_done(now)
+        """Slots to submit: enough for all that is left, and enough for what no slot at work is told to run again."""
+        lists = [self.files.given(order.retry) for order in now.orders_at_work]
+        again = {key: n for key, n in self.todo.again.items() if key in left}
+        unknown = [key for key, n in again.items() if all(given.get(key, -1) < n for given in lists)]
+        in_all = self.engine.slots_for(len(left)) - now.n_at_work - self.rounds.n_done(now)
+        return max(in_all, self.engine.slots_for(len(unknown)))
 
     def _take(self, n_slots: int) -> int:
         """Submit slots; how many were taken. While others work, a refusal ends nothing."""
@@ -278,7 +290,8 @@ class _Driver:
 
     def _submit_array(self, size: int) -> bool:
         """Submit one array and put it on record, whatever signal comes meanwhile; whether others may follow."""
-        with self.signals.shield(), self.files.submitting():
+        self.signals.check()
+        with self.signals.shield(), atomic.disk_errors(self.files.folder), self.files.submitting():
             job = self.engine.submit(self._slot(), self.files.name, self.files.folder, size, self._memory)
             self.files.record(Job(job, size, self._memory, *self._order, self.rounds.number))
         if self.files.cancelled:  # between our look at the queue and the submission
@@ -322,12 +335,13 @@ class _Driver:
 
     def _stop(self, why: str) -> None:
         self.is_over = True
-        self.notes.append(why)
+        self._say(why)
 
     def _say(self, text: str) -> None:
-        """Tell each thing once."""
+        """Tell each thing once, and at once where anybody looks."""
         if text not in self.notes:
             self.notes.append(text)
+            self.bar.say(text)
 
     # -- what became of slots ------------------------------------------------------------------------------
 

@@ -116,7 +116,7 @@ def help_with(
     store.prepare()
     cells = [cell for cell in plan.cells if cell.reason is None]
     with Claims(store.folder / "claims") as claims:
-        pending = pending_cells(cells, store, retry, plan.keep)
+        pending = pending_cells(cells, store, retry, plan.keep, blameless=False)
         todo = units.split(pending, max(1, engine.n_workers(len(pending), _gpus(plan))) * share.of)
         begin = len(todo) * (share.part % share.of) // share.of
         bar = Progress(plan.name, len({cell.fingerprint for cell in pending}), None, show=True)
@@ -183,8 +183,9 @@ def summarised(
     n_computed: int,
     n_left: int,
     stopped: int | None,
+    told: Sequence[str] = (),
 ) -> Summary:
-    """What the run leaves; its notes are printed."""
+    """What the run leaves; its notes are printed, but for those that were `told` already."""
     notes = [*notes, *store.corrupt]
     if tables.n_missing:
         notes.append(f"{tables.n_missing:,} cells of sweep {plan.name} have no result yet")
@@ -196,7 +197,7 @@ def summarised(
     for note in notes:
         print(f"rmsweep: {note}", file=sys.stderr)
     return Summary(
-        plan.name, tables.counts, n_computed, tables.n_missing, tables.results, stopped, tuple(notes), n_left
+        plan.name, tables.counts, n_computed, tables.n_missing, tables.results, stopped, (*told, *notes), n_left
     )
 
 
@@ -208,13 +209,17 @@ def assembled(folder: Path, store: Store) -> results.Tables:
     return results.assemble(cells, store, folder, sealed)
 
 
-def pending_cells(cells: Sequence[PlannedCell], store: Store, retry: frozenset[str], keep: str) -> list[PlannedCell]:
-    """Cells without a record or without what `keep` asks for, those to retry that are not done, and those that failed
-    for no fault of theirs: preempted, or without a bank.
+def pending_cells(
+    cells: Sequence[PlannedCell], store: Store, retry: frozenset[str], keep: str, *, blameless: bool = True
+) -> list[PlannedCell]:
+    """Cells without a record or without what `keep` asks for, and those to retry that are not done.
+
+    blameless: also those that failed for no fault of theirs: preempted, or without a bank.
     """
     keys = [cell.fingerprint for cell in cells]
     has, states = store.done_and_kept(keys, keep), store.states(keys)
-    again = {key for key, state in states.items() if state.status != "done" and (key in retry or _is_blameless(state))}
+    failed = {key: state for key, state in states.items() if state.status != "done"}
+    again = {key for key, state in failed.items() if key in retry or (blameless and _is_blameless(state))}
     return [cell for cell in cells if cell.fingerprint not in has or cell.fingerprint in again]
 
 

@@ -64,6 +64,19 @@ class Fleet:
         return self.n_live(self.is_ours) + self.n_live(self.is_akin)
 
     @property
+    def orders_at_work(self) -> set[Order]:
+        """What slots of the present plan are told that are at work or waiting."""
+        orders = {self._order_of(task) for task in self.tasks.values() if task.is_live}
+        return {self.order if self.is_ours(order) else order for order in orders if not self.is_foreign(order)}
+
+    @property
+    def held(self) -> set[str]:
+        """Jobs of the present plan that begin only when somebody releases them."""
+        waiting = (task for task in self.tasks.values() if task.is_live and not task.is_running)
+        held = (task for task in waiting if "HOLD" in task.state or "held" in task.where.lower())
+        return {task.job for task in held if not self.is_foreign(self._order_of(task))}
+
+    @property
     def n_running(self) -> int:
         """Slots on a node, whatever they run."""
         return sum(task.is_running for task in self.tasks.values())

@@ -10,7 +10,7 @@ from typing import Any
 
 from rmsweep.cell import PlannedCell
 from rmsweep.plan import Plan, sweep_folder
-from rmsweep.slots import Slots
+from rmsweep.slots import Look, Note, Slots
 from rmsweep.store import Store
 from rmsweep.text import printable
 
@@ -49,14 +49,25 @@ def _tried(cost: dict[str, Any]) -> list[str]:
 
 
 def _in_hand(files: Slots, key: str) -> Iterator[str]:
-    """The slot that computes the cell, or did when it was killed, and the end of what it printed."""
-    for note in files.notes() if files.exist else ():
-        if key in note.in_flight:
-            how = "has it in hand" if note.end is None else f"had it in hand when it ended ({note.end})"
-            path = files.log(note.task)
-            yield f"  slot {note.task} on {note.host}, turn {note.restart + 1}, {how}; {path}"
-            with contextlib.suppress(OSError):
-                yield from (f"    {line}" for line in printable(path.read_text(errors="replace")).splitlines()[-TAIL:])
+    """Slots whose last turn computes the cell, or did when it ended, and the end of what they printed."""
+    last = {note.task: note for note in files.notes()} if files.exist else {}
+    held = [note for note in last.values() if key in note.in_flight]
+    look = files.look() if held else None
+    for note in held:
+        path = files.log(note.task)
+        yield f"  slot {note.task} on {note.host}, turn {note.restart + 1}, {_how(note, look)}; {path}"
+        with contextlib.suppress(OSError):
+            yield from (f"    {line}" for line in printable(path.read_text(errors="replace")).splitlines()[-TAIL:])
+
+
+def _how(note: Note, look: Look | None) -> str:
+    """Whether a slot has what it noted, or had it."""
+    if note.end is not None:
+        return f"had it in hand when it ended ({note.end})"
+    if look is None:
+        return "had it in hand when last heard of"
+    is_live = note.task in look.tasks and look.tasks[note.task].is_live
+    return "has it in hand" if is_live else "had it in hand when it was killed"
 
 
 def _logged(folder: Path, cell_id: str) -> Iterator[str]:

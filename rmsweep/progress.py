@@ -76,6 +76,21 @@ class Progress:
         self.counts[status] += change
         self._refresh(change)
 
+    @property
+    def shows(self) -> bool:
+        """Whether anybody is told anything."""
+        return self._show
+
+    def say(self, text: str) -> None:
+        """Tell something at once, above the bar where there is one."""
+        if not self._show:
+            return
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(f"rmsweep: {text}", file=sys.stderr)
+            else:
+                print(f"rmsweep: {text}", file=sys.stderr)
+
     def stored(self, statuses: Iterable[str]) -> None:
         """How all cells ended that have a record so far."""
         before, self.counts = self._n, Counter(statuses)

@@ -7,6 +7,7 @@ claim is not, until a turn is cut off and may have left work that nobody holds.
 from __future__ import annotations
 
 from rmsweep.fleet import Fleet
+from rmsweep.slots import Order
 
 FRUITLESS = 3  # rounds, one after the other, that stored nothing; or as many slots for each that was asked for
 
@@ -16,7 +17,7 @@ class Rounds:
 
     def __init__(self) -> None:
         self.number = 1
-        self._is_new = True
+        self._is_new, self._order = True, Order()
         self._n_fruitless = self._stored_before = 0
         self._has_waited = False
         self._barren_before = self._done_before = self._n_cut = 0
@@ -29,6 +30,9 @@ class Rounds:
             self._is_new, self._barren_before, self._n_cut = False, now.n_barren(self.number), now.n_cut
             if not now.n_at_work and now.has_round(self.number):
                 self._next(self.number + 1)  # what was over when this driver began is an earlier one's business
+        if now.order != self._order:  # others are told other things: counts begin anew
+            self._order = now.order
+            self._barren_before, self._done_before, self._n_cut = now.n_barren(self.number), 0, now.n_cut
         if now.n_at_work:
             self._has_waited = False
         if now.n_cut > self._n_cut:

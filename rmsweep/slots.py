@@ -127,7 +127,8 @@ class Slots:
         """Keep the plan as it is now; its name among the snapshots."""
         name = digest([plan.keep, plan.reuse, [[c.fingerprint, c.code] for c in plan.cells if c.reason is None]])
         folder = self.folder / "plans" / name
-        folder.mkdir(parents=True, exist_ok=True)
+        with atomic.disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         plan.write(folder)
         return name
 
@@ -136,6 +137,12 @@ class Slots:
         name = f"retry-{digest(attempts)}.json"
         atomic.replace(self.folder / name, sealed({"attempts": dict(attempts)}), STAGE)
         return name
+
+    def given(self, name: str) -> dict[str, int]:
+        """As `read_retry`; nothing where there is no list or it cannot be read."""
+        with contextlib.suppress(StoreError):
+            return self.read_retry(name) if name else {}
+        return {}
 
     def read_retry(self, name: str) -> dict[str, int]:
         """What `write_retry` was given; StoreError where that cannot be read."""
@@ -165,7 +172,8 @@ class Slots:
         """Remember an array that the queue has, unless whoever submitted it has meanwhile."""
         with atomic.Draft(self.folder / "jobs" / f"{job.id}.json", STAGE) as draft:
             draft.write(sealed(job._asdict()))
-            draft.seal().link()
+            if not draft.seal().link() and job.id not in self.jobs():
+                draft.replace()  # what stands there is damaged
 
     def jobs(self) -> dict[str, Job]:
         """All arrays that were submitted, by id; a damaged record is passed over: the queue has the name too."""
@@ -188,7 +196,9 @@ class Slots:
     @property
     def cancelled(self) -> bool:
         """Whether `cancel` was called since."""
-        return (self.folder / CANCELLED).exists()
+        with contextlib.suppress(OSError):
+            return (self.folder / CANCELLED).exists()
+        return False
 
     # -- the queue -----------------------------------------------------------------------------------------
 

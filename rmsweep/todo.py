@@ -48,11 +48,6 @@ class Todo:
         old = {key for key in again if attempts.get(key, 0) <= self.again[key]}
         return {key: state.status for key, state in self.store.states(keys).items() if key not in old}
 
-    def out_of_memory(self) -> set[str]:
-        """Stored cells that ran out of memory."""
-        states = self.store.states(self.stored)
-        return {key for key, state in states.items() if state.cause == "oom"}
-
     def fail(self, key: str, cause: Cause, reason: str) -> None:
         """Record a cell that no slot could finish."""
         cell, attempts = self.cells[key], self.store.attempts([key])

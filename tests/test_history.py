@@ -10,9 +10,11 @@ from rmsweep import history
 from rmsweep.cli import main
 from rmsweep.cli.complete import candidates
 from rmsweep.diary import Diary
+from rmsweep.engines import _queue
+from rmsweep.engines._queue import Task
 from rmsweep.grid import describe
 from rmsweep.planner import make
-from rmsweep.slots import Slots
+from rmsweep.slots import Look, Note, Slots
 
 
 @pytest.fixture
@@ -47,8 +49,9 @@ def test_every_attempt_is_shown(root, capsys, monkeypatch):
     assert ": done\n" in text and "failed (" in text and "attempt 1 " in text and "attempt 2 " in text
 
 
-def test_a_cell_in_the_hands_of_a_slot(tmp_path, capsys):
+def test_a_cell_in_the_hands_of_a_slot(tmp_path, monkeypatch):
     """Where it is now, and the end of what that slot printed, with nothing that could drive a terminal."""
+    monkeypatch.setattr(_queue, "is_here", lambda: False)
     plan = fake_plan(2)
     plan.write(tmp_path / "sweeps" / "s")
     files = Slots(tmp_path, "s")
@@ -60,13 +63,18 @@ def test_a_cell_in_the_hands_of_a_slot(tmp_path, capsys):
         files.log("101_3").write_text("".join(f"line {i}\n" for i in range(30)) + "\x1b[2Jend\n")
         text = history.tell(plan, tmp_path, cell)
         diary.ended("stopped")
-    assert (
-        f"cell {cell.cell_id}: not computed yet" in text
-        and "slot 101_3 on " in text
-        and "turn 2, has it in hand" in text
-    )
+    assert f"cell {cell.cell_id}: not computed yet" in text
+    assert "slot 101_3 on " in text and "turn 2, had it in hand when last heard of" in text
     assert "line 29" in text and "line 9\n" not in text and "\x1b" not in text
     assert "had it in hand when it ended (stopped)" in history.tell(plan, tmp_path, cell)
+
+
+@pytest.mark.parametrize(("state", "how"), [("RUNNING", "has it"), ("NODE_FAIL", "had it in hand when it was killed")])
+def test_whether_the_slot_lives(state, how):
+    """Catches a slot that was killed without a word and is said to be at work."""
+    note = Note("7_0", 0, "n1", 0, {"a": 0.1}, None, "")
+    assert history._how(note, Look({"7_0": Task("7_0", state, "n1")}, frozenset())).startswith(how)
+    assert history._how(note, Look({}, frozenset())) == "had it in hand when it was killed"
 
 
 def test_a_skipped_cell(tmp_path):

@@ -1,9 +1,13 @@
 """Rounds of slots: when others come, in whose place, and when it is hopeless; on fleets made by hand."""
 
+from dataclasses import replace
+
 import pytest
 from test_fleet import job, note, seen
 
+from rmsweep.engines._queue import Task
 from rmsweep.rounds import FRUITLESS, Rounds
+from rmsweep.slots import Order
 
 
 def fleet(number=1, notes=(), **states):
@@ -98,6 +102,20 @@ def test_a_turn_that_is_cut_off_leaves_work_for_those_who_had_none():
     again = fleet(1, [*cut.notes, note("7_2", "done")], t0="COMPLETED", t1="RUNNING", t2="COMPLETED")
     rounds.see(again)
     assert rounds.n_done(again) == 1  # it found nothing either
+
+
+def test_slots_that_are_told_other_things_count_anew():
+    """Catches counts of the old order that are taken off the new one's: more slots than were asked for."""
+    rounds, notes = Rounds(), [note("7_0", "done"), note("7_1", "time", computed=1), note("7_1", restart=1)]
+    now = fleet(1, notes, t0="COMPLETED", t1="RUNNING", t2="FAILED")
+    rounds.see(now)
+    rounds.see(fleet(1, [*notes, note("7_2", "stopped")], t0="COMPLETED", t1="RUNNING", t2="FAILED"))
+    order = Order("p", "other")
+    other = replace(
+        now, order=order, notes=(), jobs={"8": job("8", order=order)}, tasks={"8_0": Task("8_0", "RUNNING", "")}
+    )
+    rounds.see(other)
+    assert rounds.n_done(other) == 0 == rounds.n_barren(other)
 
 
 def test_bad_ends_count_from_this_drivers_first_look():

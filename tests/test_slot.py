@@ -29,9 +29,14 @@ WORK = "fake_pipeline:WORK"
 
 
 SLOW = """
-import signal, sys, pathlib
+import os, signal, sys, pathlib, time
 sys.path.insert(0, {tests!r})
 from rmsweep.cli import slot
+def stall(*_):
+    pathlib.Path(os.environ["FAKE_LEDGER"], "../stalled").resolve().touch()
+    time.sleep(60)
+if "SLOT_STALL" in os.environ:
+    slot._work = stall
 sys.exit(slot.main({arguments!r}))
 """
 
@@ -108,6 +113,16 @@ def test_which_share_a_slot_takes_and_what_it_runs_again(tmp_path, monkeypatch):
 
 
 HELPED = execute.Helped(0, 0, (), False, None)
+
+
+@pytest.mark.parametrize(("number", "end"), [(signal.SIGINT, "time"), (signal.SIGHUP, "stopped")])
+def test_told_to_leave_before_the_engine_listens(tmp_path, number, end):
+    """Catches a slot that leaves without a word: its exit would pass for the end of its work."""
+    child = _slot_process(tmp_path, fake_plan(3), FAKE_FAULTS=json.dumps({"bank": "hang"}), SLOT_STALL="1")
+    _wait_for(lambda: (tmp_path / "stalled").exists())
+    child.send_signal(number)
+    assert child.wait(60) == _slot.LEFT
+    assert [note.end for note in Slots(tmp_path, "s").notes()] == [end]
 
 
 def test_a_slot_that_begins_after_cancel_computes_nothing(tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from rmsweep import cluster, collect, component, execute, intake, rounds, status
 from rmsweep.claims import Claims
 from rmsweep.cli import main, render
 from rmsweep.engines import _queue, _slot, slurm
+from rmsweep.engines.local import Local
 from rmsweep.engines.slurm import Slurm
 from rmsweep.errors import ConfigError, RmsweepError, StoreError
 from rmsweep.fingerprint import digest
@@ -473,6 +474,79 @@ def test_a_record_that_vanishes_is_missed_at_the_end(tmp_path):
     assert todo.left() == {cell.fingerprint for cell in halves[0].cells} and todo.n_stored == 2
 
 
+def test_the_same_retry_again_adopts(site, tmp_path, monkeypatch):
+    """Catches a second fleet beside the first: once one of the cells is done, the list of the rest is another list."""
+    monkeypatch.setenv("FAKE_FAULTS", json.dumps({str(i): "raise" for i in range(6)}))
+    plan = fake_plan(8)
+    fake_run(plan, tmp_path)
+    failed = frozenset(cell.fingerprint for cell in plan.cells[:6])
+    with driver(tmp_path, plan, failed, slots=3) as one:
+        one.step()
+    monkeypatch.setenv("FAKE_FAULTS", "{}")
+    fake_run(dataclasses.replace(plan, cells=plan.cells[:2]), tmp_path, retry=failed)
+    with driver(tmp_path, plan, failed, slots=3) as two:
+        two.step()
+        two.step()
+        assert len(two.todo.again) == 4 and two.n_live == 3 and not two.n_missing
+    assert len(site.tasks()) == 3
+
+
+def test_a_cell_that_was_given_up_is_not_run_by_the_next_slot(tmp_path):
+    """Catches a cell that kills slot after slot: `preempted` is for the next `run` to try again, not for every slot."""
+    plan = fake_plan(3)
+    plan.write(tmp_path / "sweeps" / "s")
+    store = Store(tmp_path)
+    store.prepare()
+    Todo(store, plan.cells).fail(plan.cells[0].fingerprint, "preempted", "five times")
+    share = execute.Share(0, 1, 0.0, lambda cells: None)
+    for retry, n_cells in ((frozenset[str](), 2), (frozenset([plan.cells[0].fingerprint]), 1)):
+        helped = execute.help_with(plan, tmp_path, Local(workers=0), share, retry=retry, work=WORK)
+        assert helped.n_computed == n_cells
+
+
+def test_slots_that_slurm_holds(site, tmp_path):
+    """Catches a driver that waits without a word for slots which nobody will let go."""
+    with driver(tmp_path, fake_plan(6)) as one:
+        one.step()
+        site.states(t101_0="REQUEUE_HOLD")
+        one.step()
+        one.step()
+        assert [text for text in one.notes if "scontrol release" in text and "101" in text]
+
+
+def test_a_damaged_record_of_a_job_is_mended(site, tmp_path):
+    """Catches a job that is found again at every look, for ever."""
+    with driver(tmp_path, fake_plan(6)) as one:
+        one.step()
+        (one.files.folder / "jobs" / "101.json").write_text("{")
+        for _ in range(3):
+            one.step()
+        assert one.files.jobs()["101"].n_slots == 2 and len(one.notes) == 1
+
+
+def test_a_signal_while_a_submission_fails(site, tmp_path, monkeypatch):
+    """Catches a driver that is deaf to Ctrl-C while the site is full: the signal came, and nobody looked."""
+    monkeypatch.setattr(cluster, "LOOK", 0.05)
+    site.wrong(max_submit=0, slow=0.5)
+    threading.Timer(0.8, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    with driver(tmp_path, fake_plan(40), slots=16) as one:
+        assert one.watch() == signal.SIGTERM and time.monotonic() - began < 8
+
+
+def test_what_happens_is_told_at_once(site, tmp_path, capsys):
+    """Catches news that come when all is over; and news that come twice."""
+    site.wrong(max_submit=0)
+    threading.Timer(1.0, site.wrong).start()
+    threading.Timer(4.0, cluster.cancel, (tmp_path, "s")).start()
+    summary = cluster.run(fake_plan(6), tmp_path, engine(poll_seconds=0.2), work=WORK)
+    said = capsys.readouterr().err
+    assert any("sbatch takes no array" in note for note in summary.notes)
+    for note in summary.notes:
+        assert said.count(note) == 1, note
+    assert said.index("sbatch takes no array") < said.index("cancelled")
+
+
 def test_slots_that_wait_when_nothing_is_left(site, tmp_path, monkeypatch):
     """Catches slots that still come, one by one, to a sweep that is finished; those at work end by themselves."""
     monkeypatch.setattr(cluster, "LOOK", 0.05)
@@ -725,6 +799,50 @@ def test_more_memory_from_the_next_driver(site, tmp_path, monkeypatch, max_memor
         assert summary.counts["failed"] == 1 and len(site.jobs()) == 3
 
 
+def test_the_users_own_memory_counts(site, tmp_path, monkeypatch):
+    """Catches slots that get twice what was too little although the user now asks for eight times as much."""
+    monkeypatch.setenv("FAKE_FAULTS", json.dumps({"1": "short"}))
+    plan = fake_plan(3)
+    assert cluster.run(plan, tmp_path, engine(memory_gib=4.0), detach=True, work=WORK) is None
+    fake_run(plan, tmp_path)
+    site.states(all="COMPLETED")
+    larger = engine(memory_gib=32.0, max_memory_gib=64.0)
+    assert cluster.run(plan, tmp_path, larger, detach=True, work=WORK) is None
+    assert list(site.jobs().values())[-1]["options"]["mem"] == "32768M"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "more"),
+    [
+        ([], None),
+        ([("", 4.0)], 8.0),
+        ([("", None)], None),
+        ([("", 4.0), ("", 16.0)], 8.0),  # whichever it was: the least is safe to double
+        ([("", 4.0), ("tried", 8.0)], 16.0),
+        ([("", 4.0), ("tried", 8.0), ("untried", 16.0)], 16.0),
+        ([("", 4.0), ("untried", 16.0)], 8.0),
+        ([("", 4.0), ("other", 16.0)], 8.0),
+        ([("", 4.0), ("damaged", 16.0)], 8.0),
+        ([("", 4.0), ("tried", 16.0)], None),
+    ],
+)
+def test_what_a_cell_had_and_can_have(tmp_path, monkeypatch, jobs, more):
+    """Memory belongs to the cell: catches that of slots which never had it in hand, and lists that cannot be read."""
+    monkeypatch.setenv("FAKE_FAULTS", json.dumps({"1": "short"}))
+    plan, files = fake_plan(3), Slots(tmp_path, "s")
+    fake_run(plan, tmp_path)
+    files.prepare()
+    key, store = plan.cells[1].fingerprint, Store(tmp_path)
+    now = store.attempts([key])[key]
+    lists = {"tried": {key: now - 1}, "untried": {key: now}, "other": {plan.cells[0].fingerprint: 1}}
+    for number, (name, memory_gib) in enumerate(jobs, 101):
+        retry = files.write_retry(lists[name]) if name in lists else "retry-0.json" * bool(name)
+        files.record(Job(str(number), 2, memory_gib, "p", retry))
+    asked = engine(memory_gib=4.0, max_memory_gib=16.0)
+    short = cluster._short_of_memory([cell.fingerprint for cell in plan.cells], store, asked, files)
+    assert short == ({} if more is None else {key: more})
+
+
 def test_memory_of_the_slots_at_work(site, tmp_path):
     """Catches a driver that comes back and replaces a slot with a smaller one."""
     with driver(tmp_path, fake_plan(6), memory_gib=4.0, max_memory_gib=8.0) as one:
@@ -898,6 +1016,7 @@ def test_slots_of_an_earlier_command_do_not_end_this_one(site, tmp_path):
         "Requested node configuration is not available",
         "Required partition not available (inactive or drain)",
         "Slurm backup controller in standby mode",
+        "Munge decode failed: authentication error",
         "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
     ],
 )

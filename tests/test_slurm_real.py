@@ -103,6 +103,18 @@ class Sweep:
         wait_until(lambda: not self.running())
         self.trouble.append("preempted")
 
+    def freeze_a_slot(self):
+        """It hears nothing any more, does not leave, and runs into its time limit."""
+        wait_until(self.running)
+        job, _, index = self.running()[-1].partition("_")
+        marks = {f"SLURM_ARRAY_JOB_ID={job}".encode(), f"SLURM_ARRAY_TASK_ID={index}".encode()}
+        if not index:
+            marks = {f"SLURM_JOB_ID={job}".encode()}
+        for pid in pids():
+            if marks <= set(environ(pid).split(b"\0")) and b"python" in cmdline(pid):
+                os.kill(pid, signal.SIGSTOP)
+        self.trouble.append("frozen")
+
     def warn_a_slot(self):
         """What Slurm sends before the time limit."""
         wait_until(self.running)
@@ -116,8 +128,8 @@ class Sweep:
 
 @pytest.mark.slow
 def test_two_hundred_cells(slurm, tmp_path):
-    """One slot cancelled, a worker killed, slots preempted and requeued, warned, over their time, the driver killed and
-    then two of them: the tables of engine=local, bit for bit, and little computed twice."""
+    """One slot cancelled, a worker killed, slots preempted and requeued, warned, at their time limit, one over it, the
+    driver killed and then two of them: the tables of engine=local, bit for bit, and little computed twice."""
     sweep = Sweep(tmp_path / "root", tmp_path / "ledger")
     sweep.drive()
     sweep.advance()
@@ -133,6 +145,7 @@ def test_two_hundred_cells(slurm, tmp_path):
     sweep.advance()
     sweep.warn_a_slot()
     sweep.advance()
+    sweep.freeze_a_slot()
     outs = sweep.end()
     assert all("\n0\n" in f"\n{out}\n" for out in outs), outs
     assert _queue.poll(sweep.files.name) is not None
@@ -145,7 +158,7 @@ def test_two_hundred_cells(slurm, tmp_path):
     assert again and any(turns[n.task, n.restart + 1].computed for n in again), "the preempted slot did not come again"
     assert len(sweep.files.jobs()) <= n_jobs + 1, "two drivers submitted beside slots that were requeued"
     states = command("sacct", "--noheader", "--duplicates", "--parsable2", "--allocations", "--format=State")
-    assert "CANCELLED" in states and "PREEMPTED" in states, states
+    assert {"CANCELLED", "PREEMPTED", "TIMEOUT"} <= {line.split()[0] for line in states.splitlines()}, states
     fake_run(fake_plan(N_CELLS), tmp_path / "alone")
     for name in ("results", "prompts"):
         path = Path("sweeps/s") / f"{name}.parquet"

@@ -23,8 +23,14 @@ PATIENCE = 150.0  # seconds: longer than the lease of a claim, so that what a de
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Work through a sweep's snapshot beside other slots."""
+    told = list[int]()
+
+    def leave(number: int, frame: object) -> None:
+        told.append(number)
+        sys.exit(LEFT)
+
     for number in TELL.values():
-        signal.signal(number, lambda *_: sys.exit(LEFT))  # until the engine listens
+        signal.signal(number, leave)  # until the engine listens
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # goes to the whole job; a second signal would end us at once
     args = _parser().parse_args(argv)
     threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
@@ -40,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"rmsweep: {error}", file=sys.stderr, flush=True)
             diary.ended("store" if isinstance(error, StoreError) else "refused", message=str(error))
             return error.exit_code
+        except SystemExit:
+            diary.ended("time" if told == [TELL["time"]] else "stopped")
+            raise
         except Exception as error:
             diary.ended("bug", message=f"{type(error).__name__}: {error}")
             raise

@@ -34,6 +34,7 @@ CONSTRAINT = r"^[A-Za-z0-9(\[][A-Za-z0-9_.,:=&|*()\[\]-]{0,255}$"
 MAX_ARRAY = 1000  # where the site does not say: Slurm's own default
 BUSY = (
     "timed out", "unable to contact", "temporarily", "zero bytes", "connection refused", "try again", "standby mode",
+    "authentication", "munge", "unexpected message", "not responding", "transport endpoint",
 )  # fmt: skip
 TOO_MANY = ("maxsubmit", "submit limit", "max submit", "array specification", "maxarraysize", "maxjobcount")
 OPTIONS = {  # of sbatch, as environment variables, which outweigh those of the script: what we say -> what undoes it
