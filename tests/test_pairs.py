@@ -381,7 +381,7 @@ def test_files_of_the_hub(tmp_path, hub):
 def test_without_the_hubs_library(tmp_path, hub, monkeypatch):
     """The message says what to install."""
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(DataError, match=r"pip install 'rmsweep\[llm\]'"):
+    with pytest.raises(DataError, match="pip install huggingface_hub"):
         make("hf://datasets/a/b/c.jsonl").inputs(None, None)
 
 
