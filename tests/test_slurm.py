@@ -157,6 +157,29 @@ def test_after_a_lost_reply_the_queue_is_asked_anew(site, tmp_path):
     assert len(site.calls("sbatch")) == 1 and len(site.calls("squeue")) == 2
 
 
+def test_another_driver_does_not_decide_on_a_look_from_before_a_lost_reply(site, tmp_path):
+    """Catches a second submission by a driver of the same machine, which takes the other's look for the present."""
+    fields = {"poll_seconds": 30.0, "slots": 2}
+    with driver(tmp_path, fake_plan(6), **fields) as one, driver(tmp_path, fake_plan(6), **fields) as two:
+        site.wrong(max_submit=0)
+        one.step()
+        two.step()
+        site.wrong(lose_reply=1)
+        one.step()
+        assert not one.n_live
+        two.step()
+        assert two.n_live == 2
+    assert len(site.tasks()) == 2
+
+
+def test_status_after_cancel(site, tmp_path):
+    """Catches slots that `status` shows for half a minute after they were cancelled."""
+    with driver(tmp_path, fake_plan(6)) as one:
+        one.step()
+    cluster.cancel(tmp_path, "s")
+    assert "slots: none in the queue (cancelled)" in status.render(status.summarise(tmp_path, "s"))
+
+
 def test_a_status_does_not_hide_a_submission_under_way(site, tmp_path):
     """Catches a look of `status`, taken while sbatch worked, that a driver then decides on."""
     files = Slots(tmp_path, "s")
