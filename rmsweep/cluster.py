@@ -123,7 +123,7 @@ class _Driver:
         self.notes, self.is_over = list[str](), False
         self.n_live = self.n_missing = 0  # slots, after the last step
         self.signals, self.rounds = Signals(), Rounds()
-        self._memory, self._snapshot, self._order = memory_gib, "", Order()
+        self._memory, self._order = memory_gib, Order()  # of the next slots; an order without a plan: not kept yet
         self._intake = Intake(self._submit_array, engine.most, self._say)
         self._ends, self._asked = dict[str, str](), Counter[str]()  # array tasks that have ended; sacct was asked of
         self._heard: set[tuple[str, int]] | None = None  # turns whose last words were dealt with; None: not looked yet
@@ -195,7 +195,12 @@ class _Driver:
         self._memory = max(self._memory or 0.0, *short.values())
         self._say(f"{len(short):,} cells ran out of memory; again with {self._memory:g} GiB to a slot")
         self.todo.run_again(short)
+        self._order = self._order._replace(retry=self._retry())
         return self.left()
+
+    def _retry(self) -> str:
+        """Keep which recorded cells slots run again; the list's name, "" for none."""
+        return self.files.write_retry(self.todo.again) if self.todo.again else ""
 
     def step(self) -> None:
         """Look at the queue once and do what follows; one driver of a sweep after the other."""
@@ -214,8 +219,8 @@ class _Driver:
 
     def _look(self) -> Fleet | None:
         """What the fleet is now, with jobs that only the queue knew on record; None where the queue does not answer."""
-        self._snapshot = self._snapshot or self.files.snapshot(self.plan)
-        self._order = Order(self._snapshot, self.files.write_retry(self.todo.again) if self.todo.again else "")
+        if not self._order.plan:
+            self._order = Order(self.files.snapshot(self.plan), self._retry())
         is_first = self._heard is None
         if (look := self.files.poll(0.0 if is_first else self.engine.poll_seconds)) is None:
             return None
@@ -272,8 +277,8 @@ class _Driver:
 
     def _missing(self, now: Fleet, left: set[str]) -> int:
         """Slots to submit: enough for all that is left, and enough for what no slot at work is told to run again."""
-        lists = [self.files.given(order.retry) for order in now.orders_at_work]
         again = {key: n for key, n in self.todo.again.items() if key in left}
+        lists = [self.files.given(order.retry) for order in now.orders_at_work] if again else []
         unknown = [key for key, n in again.items() if all(given.get(key, -1) < n for given in lists)]
         in_all = self.engine.slots_for(len(left)) - now.n_at_work - self.rounds.n_done(now)
         return max(in_all, self.engine.slots_for(len(unknown)))
@@ -301,7 +306,7 @@ class _Driver:
     def _slot(self) -> Slot:
         """What the next slots run: their shares begin where those of the slots before end."""
         engine, local = self.engine, self.engine.local()
-        first = sum(job.n_slots for job in self.files.jobs().values() if job.plan == self._snapshot)
+        first = sum(job.n_slots for job in self.files.jobs().values() if job.plan == self._order.plan)
         words = [str(self.root), self.plan.name, "--plan", self._order.plan, "--work", self.work]
         words += ["--of", str(engine.slots), "--first", str(first)]
         words += [] if local.workers is None else ["--workers", str(local.workers)]

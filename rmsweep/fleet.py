@@ -61,7 +61,7 @@ class Fleet:
     @property
     def n_at_work(self) -> int:
         """Slots of the present plan at work or waiting."""
-        return self.n_live(self.is_ours) + self.n_live(self.is_akin)
+        return self.n_live(lambda order: not self.is_foreign(order))
 
     @property
     def orders_at_work(self) -> set[Order]:
@@ -72,8 +72,7 @@ class Fleet:
     @property
     def held(self) -> set[str]:
         """Jobs of the present plan that begin only when somebody releases them."""
-        waiting = (task for task in self.tasks.values() if task.is_live and not task.is_running)
-        held = (task for task in waiting if "HOLD" in task.state or "held" in task.where.lower())
+        held = (task for task in self._waiting if "HOLD" in task.state or "held" in task.where.lower())
         return {task.job for task in held if not self.is_foreign(self._order_of(task))}
 
     @property
@@ -84,14 +83,17 @@ class Fleet:
     @property
     def waiting(self) -> set[str]:
         """Jobs of the present order with a slot that has not begun."""
-        waiting = (task for task in self.tasks.values() if task.is_live and not task.is_running)
-        return {task.job for task in waiting if self.is_ours(self._order_of(task))}
+        return {task.job for task in self._waiting if self.is_ours(self._order_of(task))}
+
+    @property
+    def _waiting(self) -> list[Task]:
+        """Slots that are not on a node, whatever they run."""
+        return [task for task in self.tasks.values() if task.is_live and not task.is_running]
 
     def __str__(self) -> str:
         """`2 slots running, 3 waiting (Priority)`."""
-        live = [task for task in self.tasks.values() if task.is_live]
-        why = Counter(task.where for task in live if not task.is_running).most_common(1)
-        waiting = f", {len(live) - self.n_running} waiting ({why[0][0] or 'no reason given'})" if why else ""
+        why = Counter(task.where for task in self._waiting).most_common(1)
+        waiting = f", {len(self._waiting)} waiting ({why[0][0] or 'no reason given'})" if why else ""
         return f"{self.n_running} slots running{waiting}"
 
     # -- who has ended -------------------------------------------------------------------------------------

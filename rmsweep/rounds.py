@@ -17,7 +17,7 @@ class Rounds:
 
     def __init__(self) -> None:
         self.number = 1
-        self._is_new, self._order = True, Order()
+        self._order = Order()  # that the counts below are of; one without a plan before the first look
         self._n_fruitless = self._stored_before = 0
         self._has_waited = False
         self._barren_before = self._done_before = self._n_cut = 0
@@ -26,13 +26,11 @@ class Rounds:
         """Take note of a look at the fleet: another driver may have begun a round, or a turn may have been cut off."""
         if now.round > self.number:
             self._next(now.round)
-        if self._is_new:
-            self._is_new, self._barren_before, self._n_cut = False, now.n_barren(self.number), now.n_cut
-            if not now.n_at_work and now.has_round(self.number):
-                self._next(self.number + 1)  # what was over when this driver began is an earlier one's business
-        if now.order != self._order:  # others are told other things: counts begin anew
-            self._order = now.order
+        if now.order != self._order:  # the first look, or slots are told other things: counts begin anew
+            is_first, self._order = not self._order.plan, now.order
             self._barren_before, self._done_before, self._n_cut = now.n_barren(self.number), 0, now.n_cut
+            if is_first and not now.n_at_work and now.has_round(self.number):
+                self._next(self.number + 1)  # what was over when this driver began is an earlier one's business
         if now.n_at_work:
             self._has_waited = False
         if now.n_cut > self._n_cut:
