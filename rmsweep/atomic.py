@@ -142,6 +142,36 @@ class Draft:
             crash.at(self.stage, point)
 
 
+class Tail:
+    """A new file that one process appends to, not brought to the disk: a power cut may take what was written.
+
+    stage: of crash.POINTS. Every method raises StoreError when the disk refuses.
+    """
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path, self.stage, self._descriptor = path, stage, -1
+        with disk_errors(path):
+            crash.at(stage, "pre_open")
+            self._descriptor = os.open(path, NEW_FILE | os.O_APPEND, 0o666)
+            crash.at(stage, "opened")
+
+    def write(self, data: bytes) -> None:
+        """Append all of `data`."""
+        rest = memoryview(data)
+        with disk_errors(self.path):
+            while rest:
+                half = max(1, len(rest) // 2) if len(rest) == len(data) else len(rest)
+                rest = rest[os.write(self._descriptor, rest[:half]) :]
+                crash.at(self.stage, "half_written" if rest else "written")
+
+    def close(self) -> None:
+        """Nothing is appended any more."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # NFS says here what it could not write
+                os.close(descriptor)
+
+
 def publish(path: Path, data: bytes, stage: str) -> bool:
     """Publish `data` as `path` without replacing anything; False when the same bytes were there already.
 

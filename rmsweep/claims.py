@@ -24,6 +24,11 @@ WAIT = 0.1  # seconds between two tries
 LAST_WORDS = 5.0  # seconds for a beat that hangs on a dead file server
 
 
+def has_ended(owner: str) -> bool:
+    """Whether an owner of claims was a process of this machine that is no more."""
+    return atomic.is_dead(owner.partition(".")[0])
+
+
 class Claims:
     """What this process has claimed in a folder; a context, that beats inside and gives everything back at its end."""
 
@@ -33,12 +38,18 @@ class Claims:
         self.folder, self.owner = folder, f"{atomic.owner()}.{uuid.uuid4().hex[:12]}"
         self._beat, self._mine, self._n = beat, set[str](), 0
         self._unlinked = set[str]()  # what a file system without symbolic links let us have
+        self._buried = set[str]()  # dead owners whose keys became ours
         self._ended, self._lives = threading.Event(), Lives(folder, lease, now)
         self._thread = threading.Thread(target=self._tick, daemon=True)
 
     def take(self, keys: Iterable[str]) -> set[str]:
         """Claim keys; those that are ours now. Keys of a dead owner become ours."""
         return {key for key in keys if self._take(key)}
+
+    def buried(self) -> set[str]:
+        """Dead owners whose keys have become ours since this was last asked."""
+        buried, self._buried = self._buried, set()
+        return buried
 
     def holds(self, key: str) -> bool:
         """Whether a key is still ours: who sleeps past the lease loses it."""
@@ -124,6 +135,8 @@ class Claims:
             if taken != holder:  # a new claim: give it back
                 os.link(aside, self.folder / key, follow_symlinks=False)
             os.unlink(aside)
+            if taken == holder:
+                self._buried.add(holder)
             return taken == holder
         return False
 
@@ -153,7 +166,7 @@ class Lives:
 
     def is_dead(self, owner: str) -> bool:
         """Whether a process of this machine has ended, or the owner's beat has stood still for `lease` seconds."""
-        if not owner or atomic.is_dead(owner.partition(".")[0]):
+        if not owner or has_ended(owner):
             return True
         try:
             beat: bytes | None = atomic.read(self.folder / f"{owner}{BEATS}")

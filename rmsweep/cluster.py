@@ -65,6 +65,7 @@ def run(
         folder = sweep_folder(root, plan.name)
         notes = execute.write_plan(plan, folder, claims)
         results.mark_last(root, plan.name)
+        execute.recover(store)
         store.merge(cell.fingerprint for cell in cells)
         short = _short_of_memory([cell.fingerprint for cell in cells], store, engine, files)
         memory_gib = max(filter(None, (engine.memory_gib, *short.values())), default=None)

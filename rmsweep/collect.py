@@ -1,5 +1,7 @@
 """Garbage collection: what killed processes left behind, and artefacts that no sweep refers to.
 
+What they had finished is published first.
+
 An orphan is removed once its owner is known to have ended: a process of this machine that is no more, or one of
 another machine when nobody beats any longer (`claims`). Never by age. Results are never thrown away unless asked for.
 Symbolic links are not followed out of the root.
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from rmsweep import atomic
+from rmsweep import atomic, journals
 from rmsweep.claims import BEATS, LEASE, Lives
 from rmsweep.errors import ConfigError, StoreError
 from rmsweep.parts import Damaged
@@ -30,6 +32,7 @@ from rmsweep.verify import existing_store, sweep_folders
 POLL = 1.0  # seconds between two looks at the beats of others
 ORPHANS, CLAIMS, STATUS = "temporary files", "claims and beats of ended runs", "status files of ended runs"
 SLOTS = "files of slots that have ended"
+JOURNALS = "journals of ended runs, what they hold being published"
 UNREFERENCED, QUARANTINE = "artefacts that no sweep's plan refers to", "quarantined artefacts"
 
 
@@ -100,11 +103,13 @@ def collect(
     watch = watch or Watch(store.folder / "claims")
     temporary = _temporary(root, store)  # before the owners are watched: who writes later must not lose it
     claims = _claims(root, store)
-    alive = watch.alive(claims.values())
+    authors = {path: owner for path, owner, _ in journals.listed(store.folder / "journals")}
+    alive = watch.alive({*claims.values(), *authors.values()})
     unused = _unreferenced(root, store, found, must=unreferenced)
     if unreferenced and unused and (running := [*alive, *_drivers(root)]):
         raise ConfigError(f"--unreferenced: a run is alive ({', '.join(running)}); wait for its end, or stop it")
     void = [path for path, owner in _claims(root, store).items() if claims.get(path) == owner and owner not in alive]
+    _recover(store, {path: owner for path, owner in authors.items() if owner not in alive}, found)
     _take(found, CLAIMS, void)
     _take(found, ORPHANS, _orphans(temporary, alive, found))
     _take(found, STATUS, [path for path in _status_files(root) if _ended(path)])
@@ -112,6 +117,15 @@ def collect(
     _take(found, QUARANTINE, _entries(store.folder / "quarantine", root), quarantine)
     _take(found, UNREFERENCED, unused, unreferenced)
     return found
+
+
+def _recover(store: Store, authors: Mapping[Path, str], found: Collected) -> None:
+    """Publish what runs that were killed had finished; before their claims go, which say that they are dead."""
+    if items := [Item(path, size(path)) for path in sorted(authors)]:
+        found.removed[JOURNALS] = items
+    if not found.dry:
+        dead = set(authors.values())
+        store.recover(lambda owner, unit: owner in dead)
 
 
 def _take(found: Collected, what: str, paths: Iterable[Path], wanted: bool = True) -> None:

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from rmsweep import hardware, results, runner, units
 from rmsweep.cell import PlannedCell
-from rmsweep.claims import Claims
+from rmsweep.claims import Claims, has_ended
 from rmsweep.engines.local import Local
-from rmsweep.errors import DataError
+from rmsweep.errors import DataError, StoreError
 from rmsweep.fingerprint import digest, file_sha256
 from rmsweep.parts import again
 from rmsweep.plan import Overtaken, Plan, sweep_folder
@@ -73,11 +73,12 @@ def run(
     with Claims(store.folder / "claims") as claims:  # first of all: who beats is alive
         notes = write_plan(plan, folder, claims)
         results.mark_last(root, plan.name)
+        recover(store)
         store.merge(cell.fingerprint for cell in cells)
         pending = pending_cells(cells, store, retry, plan.keep)
         bar = Progress(plan.name, len({cell.fingerprint for cell in pending}), folder, show=progress)
         todo = units.split(pending, max(1, engine.n_workers(len(pending), _gpus(plan))))
-        schedule = Schedule(_job(plan, root, work), store, claims, todo, bar, _limits(engine))
+        schedule = Schedule(_job(plan, root, claims.owner, work), store, claims, todo, bar, _limits(engine))
         stopped = _computed(schedule, engine, plan, work) if pending else None
         tables = write_tables(plan.name, folder, store, claims)
         notes = [*notes, *schedule.notes]
@@ -122,7 +123,7 @@ def help_with(
         bar = Progress(plan.name, len({cell.fingerprint for cell in pending}), None, show=True)
         todo = [*todo[begin:], *todo[:begin]]  # own share first, then whatever nobody holds
         schedule = Schedule(
-            _job(plan, root, work), store, claims, todo, bar, _limits(engine), share.patience, share.told
+            _job(plan, root, claims.owner, work), store, claims, todo, bar, _limits(engine), share.patience, share.told
         )
         stopped = _computed(schedule, engine, plan, work) if pending else None
         keys = {cell.fingerprint for cell in cells}
@@ -132,9 +133,9 @@ def help_with(
     return Helped(schedule.n_computed, n_missing, (*schedule.notes, *store.corrupt), schedule.given_up, stopped)
 
 
-def _job(plan: Plan, root: Path, work: str) -> Job:
+def _job(plan: Plan, root: Path, owner: str, work: str) -> Job:
     folder = sweep_folder(root, plan.name)
-    return Job(root, folder / "logs", plan.compute, plan.keep, _digests(plan.plugins), work)
+    return Job(root, folder / "logs", owner, plan.compute, plan.keep, _digests(plan.plugins), work)
 
 
 def _limits(engine: Local) -> Limits:
@@ -142,9 +143,18 @@ def _limits(engine: Local) -> Limits:
 
 
 def _computed(schedule: Schedule, engine: Local, plan: Plan, work: str) -> int | None:
-    """Have the schedule's tasks run; the signal that stopped it."""
+    """Have the schedule's tasks run; the signal that stopped it. What workers that were killed had finished counts."""
     with schedule.bar:
-        return engine.run(schedule, schedule.n_tasks, WARM if work == runner.PIPELINE else None, _gpus(plan))
+        try:
+            return engine.run(schedule, schedule.n_tasks, WARM if work == runner.PIPELINE else None, _gpus(plan))
+        finally:
+            with contextlib.suppress(StoreError):  # an error before this one is the one to report
+                schedule.store.recover(lambda owner, unit: owner == schedule.claims.owner)
+
+
+def recover(store: Store) -> None:
+    """Publish what runs of this machine had finished when they were killed."""
+    store.recover(lambda owner, unit: has_ended(owner))
 
 
 def _gpus(plan: Plan) -> list[str]:

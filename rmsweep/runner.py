@@ -28,6 +28,7 @@ from rmsweep.cell import bank_inputs, build_cell, generate_bank
 from rmsweep.engines._slot import task_name
 from rmsweep.errors import ConfigError, DataError, DesignError, Diverged, StoreError
 from rmsweep.fingerprint import file_sha256
+from rmsweep.journals import Finished, Journal
 from rmsweep.reward_models import Compute
 from rmsweep.schemas import RECORD
 from rmsweep.store import Store, table_of
@@ -78,10 +79,13 @@ class Channel(Protocol):
 
 
 class Job(NamedTuple):
-    """What all tasks of a run share. plugins: path -> sha256; work: import path of a Work; logs: a folder."""
+    """What all tasks of a run share. owner: of its claims; plugins: path -> sha256; work: import path of a Work; logs:
+    a folder.
+    """
 
     root: Path
     logs: Path
+    owner: str
     compute: Compute
     keep: str
     plugins: dict[str, str]
@@ -203,7 +207,7 @@ def run_unit(task: UnitTask, channel: Channel) -> Reply:
         if opened is None:
             return Reply("no_bank", notes=_notes(store))
         log.line(f"unit {task.unit_id}: {len(task.cells)} cells on bank {task.bank_id}; {_whereabouts()}")
-        with one_thread(), Part(store, task.unit_id, channel) as part:
+        with one_thread(), Part(store, task.unit_id, channel, store.journal(task.job.owner, task.unit_id)) as part:
             for cell, run in _runs(task, opened):
                 channel.check()
                 channel.send(("start", cell.fingerprint))
@@ -224,14 +228,6 @@ def _whereabouts() -> str:
     """Where this process runs, as those who look for its other words need it."""
     slot = f", slot {task_name()}" if "SLURM_JOB_ID" in os.environ else ""
     return f"host {socket.gethostname()}, process {os.getpid()}{slot}"
-
-
-class Finished(NamedTuple):
-    """A finished cell: record (schemas.RECORD), cost row (schemas.COSTS), kept arrays by name."""
-
-    record: dict[str, Any]
-    cost: dict[str, Any]
-    kept: Mapping[str, NDArray[Any]]
 
 
 class _Opened(NamedTuple):
@@ -318,15 +314,17 @@ def _peak_memory_mib() -> float:
 
 
 class Part:
-    """The finished cells of one attempt at a unit, kept in one published part.
+    """The finished cells of one attempt at a unit, kept in one published part, and in a journal until then.
 
     Leaving the context publishes what is not published yet, also when the worker is stopped. A thread publishes every
-    60 s, so that a long cell does not hold back those before it. Every publication holds all cells so far; the part
+    60 s, so that others see them, and a power cut takes no more. Every publication holds all cells so far; the part
     before goes only after it.
     """
 
-    def __init__(self, store: Store, unit_id: str, channel: Channel, seconds: float | None = None) -> None:
-        self._store, self._unit_id, self._channel = store, unit_id, channel
+    def __init__(
+        self, store: Store, unit_id: str, channel: Channel, journal: Journal, seconds: float | None = None
+    ) -> None:
+        self._store, self._unit_id, self._channel, self._journal = store, unit_id, channel, journal
         self._seconds = FLUSH_SECONDS if seconds is None else seconds
         self._cells: list[Finished] = []
         self._kept: dict[str, NDArray[Any]] = {}
@@ -340,6 +338,7 @@ class Part:
         with self._channel.shield(), self._lock:
             if self._error is not None:
                 raise self._error
+            self._journal.add(cell)
             self._cells.append(cell)
             self._kept.update({f"{cell.record['fingerprint']}/{k}": v for k, v in cell.kept.items()})
 
@@ -352,6 +351,7 @@ class Part:
             files = self._store.publish_part(self._unit_id, records, costs, self._kept)
             self._store.discard(path for path in self._files if path not in files)
             self._files, self._published = files, len(self._cells)
+            self._journal.drop()
             if sum(array.nbytes for array in self._kept.values()) > KEPT_BYTES:
                 self._files = [path for path in files if path.parent.name != "kept"]
                 self._kept = {}

@@ -148,6 +148,8 @@ class Schedule:
 
     def _claimed_unit(self, unit: Unit) -> Unit | None:
         mine = self.claims.take(_keys(unit.cells))
+        if dead := self.claims.buried():
+            self.store.recover(lambda owner, unit: owner in dead)
         ours = [cell for cell in unit.cells if cell.fingerprint in mine]
         left = self._not_stored(ours)  # looked at after claiming: who had a claim before has published
         elsewhere = mine.difference(_keys(left))
@@ -211,6 +213,8 @@ class Schedule:
             self._message(event.task_id, *event.data)
             return
         item, self._busy = self._running.pop(event.task_id), time.monotonic()
+        if event.kind == "died":
+            self.store.recover(lambda owner, unit: (owner, unit) == (self.claims.owner, event.task_id))
         self.claims.release([_bank_key(item)] if isinstance(item, str) else _keys(item.cells))
         if event.kind == "finished":
             self._finished(event.task_id, item, event.data)

@@ -4,10 +4,11 @@
     results/<unit>-<sha>.parquet      records of finished cells (schemas.RECORD): deterministic columns only
     costs/<unit>-<sha>.parquet        what they cost (schemas.COSTS)
     kept/<unit>-<sha>.safetensors     what `keep` asked for, arrays named <fingerprint>/<name>
+    journals/                         finished cells that no part holds yet (rmsweep.journals)
     quarantine/                       whatever failed its checksum
 
 A part's name carries the first 24 hex digits of its sha256 and is verified on every read. What is done is what the
-parts hold: no index, no lock, no appending. Costs and kept arrays are published before the records, whose
+parts hold: no index, no lock. Costs and kept arrays are published before the records, whose
 publication is the commit.
 """
 
@@ -28,15 +29,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rmsweep import atomic
+from rmsweep import atomic, journals
 from rmsweep.bank import reference_problem
 from rmsweep.errors import StoreError
 from rmsweep.fingerprint import canonical_json, digest
+from rmsweep.journals import Finished, Journal
 from rmsweep.parts import Files, Gone, Parts, sha
 from rmsweep.schemas import COSTS, RECORD, arrow
 
 KEY = re.compile(r"[0-9a-f]{16,64}")
-FOLDERS = ("banks", "results", "costs", "kept", "claims", "quarantine")
+FOLDERS = ("banks", "results", "costs", "kept", "journals", "claims", "quarantine")
 FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MANIFEST = "manifest.json"
 RANK = {"done": 0, "diverged": 1, "skipped": 2, "failed": 3}  # which of several records of one cell counts
@@ -147,6 +149,27 @@ class Store:
         if kept:
             files.append(self._part("kept", unit, _safetensors(kept), "safetensors"))
         return [*files, self._part("results", unit, parquet(table_of(records, RECORD)), "parquet")]
+
+    def journal(self, owner: str, unit: str) -> Journal:
+        """Where an attempt at a unit keeps finished cells until a part holds them. owner: of claims."""
+        return Journal(self.folder / "journals", owner, _key(unit))
+
+    def recover(self, concerns: Callable[[str, str], bool]) -> None:
+        """Publish what journals hold whose process has ended, and remove them. concerns: told owner and unit.
+
+        One that cannot be read now stays. Done twice it does no harm: equal records count once.
+        """
+        for path, owner, unit in journals.listed(self.folder / "journals"):
+            if not concerns(owner, unit):
+                continue
+            try:
+                cells = [cell for cell in journals.read(path) if _fits(cell)]
+            except OSError:
+                continue
+            if cells:
+                kept = {f"{c.record['fingerprint']}/{name}": a for c in cells for name, a in c.kept.items()}
+                self.publish_part(unit, [c.record for c in cells], [c.cost for c in cells], kept)
+            atomic.remove(path)
 
     def discard(self, files: Iterable[Path]) -> None:
         """Remove parts that a published one has replaced."""
@@ -333,6 +356,16 @@ def parquet(table: pa.Table) -> bytes:
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     data: bytes = sink.getvalue().to_pybytes()
     return data
+
+
+def _fits(cell: Finished) -> bool:
+    """Whether the tables of this version can hold a cell."""
+    try:
+        table_of([cell.record], RECORD)
+        table_of([cell.cost], COSTS_SCHEMA)
+        return KEY.fullmatch(cell.record["fingerprint"]) is not None
+    except (pa.ArrowException, ValueError, TypeError, KeyError):
+        return False
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rmsweep import atomic, results
+from rmsweep import atomic, journals, results
 from rmsweep.claims import BEATS
 from rmsweep.errors import ConfigError, StoreError
 from rmsweep.parts import PART, Damaged, Files, again
@@ -174,7 +174,7 @@ def _is_ours(path: Path) -> bool:
         return True
     if kind == "claims":
         return path.is_symlink() or path.name.endswith(BEATS)
-    return bool((KEY if kind == "banks" else PART).fullmatch(path.name))
+    return bool({"banks": KEY, "journals": journals.NAME}.get(kind, PART).fullmatch(path.name))
 
 
 def _list_quarantine(store: Store, report: Report) -> None:

@@ -22,7 +22,7 @@ LAYERS = [  # a module may import from its own layer (see SIDEWAYS) and from tho
         "versions",
     },
     {"component", "bank", "schemas", "atomic", "plugins"},
-    {"preferences", "presets", "parts", "store", "source", "provenance", "claims"},
+    {"preferences", "presets", "parts", "journals", "store", "source", "provenance", "claims"},
     {"datasets", "candidates", "pairings", "annotators", "protocols", "objectives", "llms", "embedders", "metrics"},
     {"reward_models"},
     {"cell", "engines"},

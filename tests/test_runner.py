@@ -13,9 +13,12 @@ from fake_pipeline import WORK, fake_plan
 from rmsweep import runner
 from rmsweep.engines import Channel, Signals, Stop
 from rmsweep.errors import StoreError
+from rmsweep.journals import Finished
 from rmsweep.reward_models import Compute
-from rmsweep.runner import BankTask, CellTask, Finished, Job, Part, UnitTask
+from rmsweep.runner import BankTask, CellTask, Job, Part, UnitTask
 from rmsweep.store import Store
+
+OWNER = "host-0123abcd-1.0123456789ab"
 
 
 class Quiet:
@@ -36,7 +39,7 @@ class Quiet:
 
 def unit(root, n=4, keep="none"):
     plan = fake_plan(n)
-    job = Job(root, root / "logs", Compute(), keep, {}, "fake_pipeline:WORK")
+    job = Job(root, root / "logs", OWNER, Compute(), keep, {}, "fake_pipeline:WORK")
     cells = tuple(CellTask(c.cell_id, c.fingerprint, c.labels, c.config, 1) for c in plan.cells)
     return UnitTask(job, "ab" * 12, plan.cells[0].bank_id, cells), plan
 
@@ -82,7 +85,7 @@ def test_an_undefined_metric_is_null(ready, monkeypatch):
 def test_one_part_per_attempt(ready):
     """Merged parts replace each other: files grow with units, not with publications."""
     task, store = ready
-    with Part(store, task.unit_id, Quiet(), seconds=1000) as part:
+    with Part(store, task.unit_id, Quiet(), store.journal(OWNER, task.unit_id), seconds=1000) as part:
         for cell, run in runner._runs(task, runner._Opened(None, {})):
             part.add(runner.run_cell(task, cell, run))
             part.flush()
@@ -133,7 +136,10 @@ def test_the_publishing_thread_reports_trouble(ready, monkeypatch):
         raise StoreError("full")
 
     finished = Finished({"fingerprint": "f", "cell_id": "c", "status": "done"}, {"traceback": None}, {})
-    with pytest.raises(StoreError, match="full"), Part(store, task.unit_id, Quiet(), seconds=0.01) as part:
+    with (
+        pytest.raises(StoreError, match="full"),
+        Part(store, task.unit_id, Quiet(), store.journal(OWNER, task.unit_id), seconds=0.01) as part,
+    ):
         monkeypatch.setattr(store, "publish_part", refuse)
         part.add(finished)
         deadline = time.monotonic() + 10

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from fake_pipeline import fake_plan, fake_run
 
-from rmsweep import results, runner
+from rmsweep import claims, journals, results, runner
 from rmsweep import store as stores
 from rmsweep.plan import Plan
 from rmsweep.store import Store
@@ -178,7 +178,7 @@ def settle(root: Path, truth: Truth, *, damaged: bool = False) -> list[str]:
     try:
         before = Store(root)
         found = before.done_and_kept(fingerprints(truth.plan), truth.plan.keep)
-        had = {key for key, status in found.items() if status == "done"}
+        had = {key for key, status in found.items() if status == "done"} | journalled(root)
         problems = list(truth.problems)
         if not damaged:
             problems += [f"left damaged: {text}" for text in before.corrupt]
@@ -192,6 +192,13 @@ def settle(root: Path, truth: Truth, *, damaged: bool = False) -> list[str]:
     except Exception:
         return [f"going on failed: {traceback.format_exc()[-1500:]}"]
     return problems
+
+
+def journalled(root: Path) -> set[str]:
+    """Cells that killed processes had finished, in a sound frame: SIGKILL must not lose them."""
+    found = [(path, owner) for path, owner, _ in journals.listed(root / "store" / "journals")]
+    cells = [cell for path, owner in found if claims.has_ended(owner) for cell in journals.read(path)]
+    return {cell.record["fingerprint"] for cell in cells if cell.record["status"] == "done"}
 
 
 def _ended(root: Path, truth: Truth, damaged: bool) -> list[str]:
