@@ -14,19 +14,19 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from rmsweep import atomic, execute, fleet, results, runner
+from rmsweep import atomic, execute, fleet, runner
 from rmsweep.causes import Cause
 from rmsweep.claims import Claims
 from rmsweep.engines import Signals, Stop, _queue, handlers
 from rmsweep.engines._queue import Task
 from rmsweep.engines._slot import Slot
 from rmsweep.engines.slurm import Slurm, check_site, restore
-from rmsweep.errors import ConfigError, DataError, RmsweepError, StoreError
+from rmsweep.errors import ConfigError, RmsweepError, StoreError
 from rmsweep.execute import Summary
 from rmsweep.fingerprint import digest
 from rmsweep.fleet import Fleet
 from rmsweep.intake import Intake
-from rmsweep.plan import Plan, sweep_folder
+from rmsweep.plan import Plan
 from rmsweep.progress import Progress
 from rmsweep.rounds import FRUITLESS, Rounds
 from rmsweep.schedule import MAX_DEATHS
@@ -55,18 +55,9 @@ def run(
     ConfigError when sbatch or a slot refuses, StoreError when the store cannot be written.
     """
     root = Path(root).resolve()
-    store, files = Store(root, heal=True), Slots(root, plan.name)
+    files = Slots(root, plan.name)
     check_site(files.folder)
-    store.prepare()
-    cells = [cell for cell in plan.cells if cell.reason is None]
-    if not all(cell.fingerprint for cell in cells):
-        raise DataError(plan.unknown or f"sweep {plan.name}: the data are not here, so nothing can be computed")
-    with Claims(store.folder / "claims") as claims:
-        folder = sweep_folder(root, plan.name)
-        notes = execute.write_plan(plan, folder, claims)
-        results.mark_last(root, plan.name)
-        execute.recover(store)
-        store.merge(cell.fingerprint for cell in cells)
+    with execute.begun(plan, root) as (store, claims, folder, cells, notes):
         short = _short_of_memory([cell.fingerprint for cell in cells], store, engine, files)
         memory_gib = max(filter(None, (engine.memory_gib, *short.values())), default=None)
         todo = Todo(store, execute.pending_cells(cells, store, retry | short.keys(), plan.keep))

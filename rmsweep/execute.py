@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -64,17 +64,7 @@ def run(
     sweep the union. Raises StoreError when the store cannot be written: before any work where that can be seen.
     """
     root = Path(root).resolve()
-    folder = sweep_folder(root, plan.name)
-    store = Store(root, heal=True)
-    store.prepare()
-    cells = [cell for cell in plan.cells if cell.reason is None]
-    if not all(cell.fingerprint for cell in cells):
-        raise DataError(plan.unknown or f"sweep {plan.name}: the data are not here, so nothing can be computed")
-    with Claims(store.folder / "claims") as claims:  # first of all: who beats is alive
-        notes = write_plan(plan, folder, claims)
-        results.mark_last(root, plan.name)
-        recover(store)
-        store.merge(cell.fingerprint for cell in cells)
+    with begun(plan, root) as (store, claims, folder, cells, notes):
         pending = pending_cells(cells, store, retry, plan.keep)
         bar = Progress(plan.name, len({cell.fingerprint for cell in pending}), folder, show=progress)
         todo = units.split(pending, max(1, engine.n_workers(len(pending), _gpus(plan))))
@@ -83,6 +73,32 @@ def run(
         tables = write_tables(plan.name, folder, store, claims)
         notes = [*notes, *schedule.notes]
         return summarised(plan, store, tables, notes, schedule.n_computed, schedule.n_left(), stopped)
+
+
+class Begun(NamedTuple):
+    """A sweep that is about to run: the cells that can be, and notes on its plan."""
+
+    store: Store
+    claims: Claims
+    folder: Path
+    cells: list[PlannedCell]
+    notes: list[str]
+
+
+@contextlib.contextmanager
+def begun(plan: Plan, root: Path) -> Iterator[Begun]:
+    """Write the plan, and tidy what runs before have left; holds claims inside. Raises as `run` does."""
+    folder, store = sweep_folder(root, plan.name), Store(root, heal=True)
+    store.prepare()
+    cells = [cell for cell in plan.cells if cell.reason is None]
+    if not all(cell.fingerprint for cell in cells):
+        raise DataError(plan.unknown or f"sweep {plan.name}: the data are not here, so nothing can be computed")
+    with Claims(store.folder / "claims") as claims:  # first of all: who beats is alive
+        notes = write_plan(plan, folder, claims)
+        results.mark_last(root, plan.name)
+        store.recover(lambda owner, unit: has_ended(owner))
+        store.merge(cell.fingerprint for cell in cells)
+        yield Begun(store, claims, folder, cells, notes)
 
 
 class Share(NamedTuple):
@@ -150,11 +166,6 @@ def _computed(schedule: Schedule, engine: Local, plan: Plan, work: str) -> int |
         finally:
             with contextlib.suppress(StoreError):  # an error before this one is the one to report
                 schedule.store.recover(lambda owner, unit: owner == schedule.claims.owner)
-
-
-def recover(store: Store) -> None:
-    """Publish what runs of this machine had finished when they were killed."""
-    store.recover(lambda owner, unit: has_ended(owner))
 
 
 def _gpus(plan: Plan) -> list[str]:

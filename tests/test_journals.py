@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from fake_pipeline import fake_plan, fake_run
 
-from rmsweep import atomic, claims, collect, execute
+from rmsweep import atomic, claims, collect
 from rmsweep.claims import Claims
 from rmsweep.engines.local import Local
+from rmsweep.errors import StoreError
 from rmsweep.journals import Finished, Journal, frame, listed, read
 from rmsweep.store import Store
 
@@ -46,6 +47,11 @@ def written(store, owner, cells):
         journal.add(one)
     (path,) = (path for path, _, _ in listed(store.folder / "journals"))
     return path
+
+
+def recovered(store):
+    """As when a run begins."""
+    store.recover(lambda owner, unit: claims.has_ended(owner))
 
 
 def computed(ledger):
@@ -124,7 +130,7 @@ def test_nobody_touches_the_journal_of_a_living_one(tmp_path):
     with Claims(store.folder / "claims") as alive:
         written(store, alive.owner, [cell()])
         (store.folder / "journals" / "notes.txt").write_text("not ours")
-        execute.recover(Store(tmp_path, heal=True))
+        recovered(Store(tmp_path, heal=True))
         assert len(list(listed(store.folder / "journals"))) == 1 and store.done(KEYS) == {}
 
 
@@ -133,7 +139,7 @@ def test_cells_of_another_version_are_dropped(tmp_path):
     store = ready(tmp_path)
     path = written(store, dead_owner(), [cell(KEYS[0], no_such_column=1.0), cell("../x"), cell(KEYS[1], bon_n="x")])
     path.write_bytes(path.read_bytes() + frame(cell(KEYS[2])))
-    execute.recover(store)
+    recovered(store)
     assert set(store.done([*KEYS, "../x"])) == {KEYS[2]} and not os.listdir(store.folder / "journals")
 
 
@@ -147,9 +153,9 @@ def test_a_refused_disk_leaves_the_journal(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "link", refuse)
-        with pytest.raises(execute.StoreError, match="No space"):
-            execute.recover(store)
-    execute.recover(store)
+        with pytest.raises(StoreError, match="No space"):
+            recovered(store)
+    recovered(store)
     assert store.done(KEYS) == {KEYS[0]: "done"}
 
 

@@ -1232,7 +1232,25 @@ def test_detached(nodes, tmp_path):
     assert table(root) == table(tmp_path / "alone")
 
 
+def test_a_detached_retry(nodes, tmp_path, monkeypatch):
+    """Nobody watches: the slots know which recorded cells to run again, and tables follow them."""
+    root, plan = tmp_path / "root", fake_plan(8)
+    monkeypatch.setenv("FAKE_FAULTS", json.dumps({"2": "raise", "5": "raise"}))
+    fake_run(plan, root)
+    monkeypatch.delenv("FAKE_FAULTS")
+    failed = frozenset(plan.cells[i].fingerprint for i in (2, 5))
+    assert cluster.run(plan, root, engine(slots=2), retry=failed, detach=True, progress=False, work=WORK) is None
+    fake_run(plan, tmp_path / "alone")
+    deadline = time.monotonic() + 60
+    while table(root) != table(tmp_path / "alone"):
+        assert time.monotonic() < deadline, Slots(root, "s").log("101").read_text()
+        time.sleep(0.1)
+
+
 def test_detach_needs_a_cluster(tmp_path, capsys):
     """Catches a run that seems to go on by itself."""
     assert main(["run", "size=tiny", f"root={tmp_path}", "--detach"]) == 1
+    assert "engine=slurm" in capsys.readouterr().err
+    fake_plan(1).write(tmp_path / "sweeps" / "s")
+    assert main(["retry", "s", f"root={tmp_path}", "--detach"]) == 1
     assert "engine=slurm" in capsys.readouterr().err

@@ -44,7 +44,7 @@ FLAGS = {
     "log": ("--help",),
     "cancel": ("--help",),
     "results": ("--sql", "--csv", "--schema", "--help"),
-    "retry": ("--cause", "--plugin", "--help"),
+    "retry": ("--cause", "--detach", "--plugin", "--help"),
     "verify": ("--sample", "--seed", "--plugin", "--help"),
     "gc": ("--dry-run", "--unreferenced", "--quarantine", "--help"),
     "completion": ("--help",),

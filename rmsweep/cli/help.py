@@ -45,7 +45,7 @@ USAGE = {
     "log": "rmsweep log CELL [SWEEP] [root=DIR]",
     "cancel": "rmsweep cancel [SWEEP] [root=DIR]",
     "results": 'rmsweep results [SWEEP] [--sql "..."] [--csv] [--schema] [root=DIR]',
-    "retry": "rmsweep retry [SWEEP] [KEY=VALUE ...] [--cause CAUSE[,CAUSE]] [--plugin FILE.py] [root=DIR]",
+    "retry": "rmsweep retry [SWEEP] [KEY=VALUE ...] [--cause CAUSE[,CAUSE]] [--detach] [--plugin FILE.py] [root=DIR]",
     "verify": "rmsweep verify [SWEEP] [--sample N] [--seed S] [--plugin FILE.py] [root=DIR]",
     "gc": "rmsweep gc [--dry-run] [--unreferenced] [--quarantine] [root=DIR]",
     "completion": 'rmsweep completion bash|zsh        # eval "$(rmsweep completion bash)"',
@@ -99,6 +99,7 @@ Runs the failed cells again; the done ones stay. Without SWEEP: the last one.
   --cause CAUSE[,CAUSE]
                      only cells that ended for one of these causes (without it all that failed, none that diverged):
 {chr(10).join(f"    {cause:16} {meaning}" for cause, meaning in CAUSES.items())}
+{DETACH}
   --plugin FILE.py   a plug-in that the sweep was planned with; none is imported that is not given""",
     "verify": """\
 Checks every bank, part of results, costs and kept arrays against its checksum, and plan and tables of one sweep or of

@@ -53,8 +53,7 @@ def _run(args: argparse.Namespace) -> int:
     compose.check_against_hydra(request)
     work_without_a_reader()
     plan, root, engine = presets_plan, request.root, request.engine
-    if args.detach and engine.kind != "slurm":
-        raise ConfigError("--detach: only jobs of a cluster go on by themselves; it needs engine=slurm")
+    _check_detach(args, engine)
     states = _states(root, plan)
     print(render.plan_text(plan, states, short=True), flush=True)
     needed, free = _disk(root, plan, states)
@@ -64,6 +63,11 @@ def _run(args: argparse.Namespace) -> int:
         )
     interrupt.check()
     return _driven(plan, root, engine, detach=args.detach)
+
+
+def _check_detach(args: argparse.Namespace, engine: Any) -> None:
+    if args.detach and engine.kind != "slurm":
+        raise ConfigError("--detach: only jobs of a cluster go on by themselves; it needs engine=slurm")
 
 
 def _driven(plan: Any, root: Path, engine: Any, retry: frozenset[str] = frozenset(), detach: bool = False) -> int:
@@ -78,7 +82,7 @@ def _driven(plan: Any, root: Path, engine: Any, retry: frozenset[str] = frozense
     if summary is not None:
         return _finish(plan, summary)
     print(f"the slots of sweep {plan.name} are submitted or at work; `rmsweep status {plan.name}` looks at them, the "
-          f"same `rmsweep run` watches them, `rmsweep cancel {plan.name}` stops them")  # fmt: skip
+          f"same command watches them, `rmsweep cancel {plan.name}` stops them")  # fmt: skip
     return 0
 
 
@@ -271,6 +275,7 @@ def _retry(args: argparse.Namespace) -> int:
     load_plugins(args.plugin, read_header(folder)["plugins"], name)
     plan = Plan.read(folder)
     engine, wanted = _engine_and_filter(words, plan)
+    _check_detach(args, engine)
     work_without_a_reader()
     chosen = _to_retry(root, plan, wanted, args.cause.split(",") if args.cause else None)
     if not chosen:
@@ -278,7 +283,7 @@ def _retry(args: argparse.Namespace) -> int:
         return 0
     plan = _as_of_today(plan, root)
     interrupt.check()
-    return _driven(plan, root, engine, chosen)
+    return _driven(plan, root, engine, chosen, args.detach)
 
 
 def _as_of_today(plan: Any, root: Path) -> Any:
@@ -378,6 +383,7 @@ def _named(words: Sequence[str]) -> tuple[Path, str, list[str]]:
 
 
 _REPEATED: dict[str, Any] = {"action": "append", "default": [], "type": Path}
+_DETACH: dict[str, dict[str, Any]] = {"--detach": {"action": "store_true"}}
 _COMPOSING: dict[str, dict[str, Any]] = {
     "--cfg": {"action": "store_true"},
     "--config-dir": {**_REPEATED, "metavar": "DIR"},
@@ -386,7 +392,7 @@ _COMPOSING: dict[str, dict[str, Any]] = {
     "-m --multirun": {"action": "store_true"},
 }
 FLAGS: dict[str, dict[str, dict[str, Any]]] = {
-    "run": {**_COMPOSING, "--detach": {"action": "store_true"}},
+    "run": {**_COMPOSING, **_DETACH},
     "plan": {**_COMPOSING, "--why": {"metavar": "CELL"}},
     "status": {"--json": {"action": "store_true"}},
     "log": {},
@@ -396,7 +402,7 @@ FLAGS: dict[str, dict[str, dict[str, Any]]] = {
         "--csv": {"action": "store_true"},
         "--schema": {"action": "store_true"},
     },
-    "retry": {"--plugin": {**_REPEATED, "metavar": "FILE.py"}, "--cause": {"metavar": "CAUSE[,CAUSE]"}},
+    "retry": {"--plugin": {**_REPEATED, "metavar": "FILE.py"}, "--cause": {"metavar": "CAUSE[,CAUSE]"}, **_DETACH},
     "verify": {
         "--sample": {"type": int, "default": 0, "metavar": "N"},
         "--seed": {"type": int, "default": 0, "metavar": "S"},
