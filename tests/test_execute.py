@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from fake_pipeline import fake_plan, fake_run
+from waiting import wait_until
 
 from rmsweep import execute, status
 from rmsweep.engines.local import Local
@@ -222,19 +223,14 @@ def start(tmp_path, n=40, workers=2, seconds="0.2", ignore=None):
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL if ignore is None else signal.SIG_IGN)
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     signal.signal(signal.SIGHUP, before)
-    deadline = time.monotonic() + 30
-    while not list((tmp_path / "root").glob("sweeps/s/logs/[0-9a-f]*.log")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: list((tmp_path / "root").glob("sweeps/s/logs/[0-9a-f]*.log")))
     return process
 
 
 def wait_for_a_cell(tmp_path):
-    """Until some unit's log tells of a finished cell: a busy machine takes longer than any fixed sleep."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if any("done cell" in log.read_text() for log in (tmp_path / "root").glob("sweeps/s/logs/[0-9a-f]*.log")):
-            return
-        time.sleep(0.05)
+    """Until some unit's log tells of a finished cell."""
+    logs = tmp_path / "root/sweeps/s/logs"
+    wait_until(lambda: any("done cell" in log.read_text() for log in logs.glob("[0-9a-f]*.log")))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -304,10 +300,7 @@ def test_a_closed_terminal(tmp_path):
         os.execv(sys.executable, [sys.executable, str(script)])
     wait_for_a_cell(tmp_path)
     os.close(terminal)
-    deadline = time.monotonic() + 10
-    while os.waitpid(pid, os.WNOHANG)[0] == 0:
-        assert time.monotonic() < deadline, "still there"
-        time.sleep(0.05)
+    wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0], 10)
     done = Store(tmp_path / "root").done(c.fingerprint for c in fake_plan(40).cells)
     assert 0 < len(done) < 40 and not list((tmp_path / "root/store/claims").iterdir())
     assert fake_run(fake_plan(40), tmp_path / "root").n_computed == 40 - len(done)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from fake_pipeline import fake_plan, fake_run
+from waiting import wait_until
 
 from rmsweep import atomic, collect
 from rmsweep.claims import Claims
@@ -326,9 +327,7 @@ def kill(process):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in group) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in group))
 
 
 def orphans(root):
@@ -347,9 +346,7 @@ def test_what_a_kill_leaves_is_collected(tmp_path, script, where):
     """Killed between open and publication: catches an orphan that gc does not know, and a loss by collecting it."""
     root = tmp_path / "root"
     process = start(root, script, RMSWEEP_CRASH_AT=f"{where}:stop")
-    deadline = time.monotonic() + 60
-    while not any(_stopped(pid) for pid in _group(process.pid)) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: any(_stopped(pid) for pid in _group(process.pid)))
     assert orphans(root)
     collect.collect(root, watch=collect.Watch(root / "store" / "claims", lease=0.5))
     assert orphans(root), "a stopped process is alive: its file must stay"
@@ -384,11 +381,7 @@ def test_beside_a_run_and_kills(tmp_path, script, monkeypatch):
     keys, done = [cell.fingerprint for cell in plan.cells], set()
     for _ in range(3):
         process = start(root, script)
-        until = time.monotonic() + 60
-        while (
-            not (root / "sweeps" / "s" / STATUS_FILE).exists() and process.poll() is None and time.monotonic() < until
-        ):
-            time.sleep(0.02)
+        wait_until(lambda: (root / "sweeps/s" / STATUS_FILE).exists() or process.poll() is not None)  # noqa: B023
         until = time.monotonic() + rng.uniform(0.5, 2.5)
         while time.monotonic() < until:
             collect.collect(root, quarantine=True, watch=collect.Watch(root / "store" / "claims", lease=0.5))

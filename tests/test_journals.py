@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import numpy as np
 import pytest
 from fake_pipeline import fake_plan, fake_run
+from waiting import wait_until
 
 from rmsweep import atomic, claims, collect
 from rmsweep.claims import Claims
@@ -188,9 +188,7 @@ def test_everything_killed_loses_cells_in_flight_only(tmp_path, ledger, monkeypa
     )
     env = {**os.environ, "FAKE_SECONDS": "0.2"}
     child = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while sum(computed(ledger).values()) < 5 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: sum(computed(ledger).values()) >= 5, pause=0.01)
     child.send_signal(signal.SIGKILL)
     child.wait()
     store, keys = Store(tmp_path), {c.fingerprint for c in plan.cells}

@@ -9,6 +9,7 @@ import time
 
 import pytest
 from fake_pipeline import WORK, fake_plan
+from waiting import wait_until
 
 from rmsweep import runner
 from rmsweep.engines import Channel, Signals, Stop
@@ -103,9 +104,7 @@ def test_a_long_cell_does_not_hold_back_the_others(ready, monkeypatch):
 
     def slow(config, *rest):
         if config["seed"] == 3:
-            deadline = time.monotonic() + 10
-            while len(store.done(c.fingerprint for c in task.cells)) < 3 and time.monotonic() < deadline:
-                time.sleep(0.02)
+            wait_until(lambda: len(store.done(c.fingerprint for c in task.cells)) >= 3, 10)
             seen.append(len(store.done(c.fingerprint for c in task.cells)))
         return run(config, *rest)
 
@@ -142,9 +141,7 @@ def test_the_publishing_thread_reports_trouble(ready, monkeypatch):
     ):
         monkeypatch.setattr(store, "publish_part", refuse)
         part.add(finished)
-        deadline = time.monotonic() + 10
-        while part._error is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: part._error is not None, 10)
         part.add(finished)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fake_pipeline import fake_plan, fake_run
 from torture import runners
+from waiting import wait_until
 
 from rmsweep import atomic, results
 from rmsweep.claims import Claims, Lives
@@ -161,7 +162,7 @@ def test_a_run_that_sleeps_past_its_lease(tmp_path, monkeypatch):
     monkeypatch.setattr("rmsweep.claims.LEASE", 0.5)
     monkeypatch.setattr("rmsweep.schedule.HELD_POLL", 0.1)
     sleeper = runners.start(tmp_path, n_cells=8, crash="results:fsynced:1:stop")
-    runners.wait_until(lambda: runners.is_stopped(sleeper.pid))
+    wait_until(lambda: runners.is_stopped(sleeper.pid))
     summary = fake_run(fake_plan(8), tmp_path)
     assert summary.counts["done"] == 8 and summary.n_computed > 0
     before = (tmp_path / "sweeps/s/results.parquet").read_bytes()
@@ -181,7 +182,7 @@ def test_a_thousand_cells(tmp_path, n_runners, n_kills):
 def test_sigkill_leaves_claims_that_the_next_run_takes(tmp_path):
     """The driver is killed while its workers are: the same command again waits for nobody."""
     run = runners.start(tmp_path, n_cells=40, seconds=0.2)
-    runners.wait_until(lambda: any((tmp_path / "store/claims").glob("[0-9a-f]*")))
+    wait_until(lambda: any((tmp_path / "store/claims").glob("[0-9a-f]*")))
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
     assert list((tmp_path / "store/claims").iterdir())
@@ -196,7 +197,7 @@ def test_two_grids_of_one_name(tmp_path, monkeypatch, crash):
     the plan, and tables that do not fit their checksums."""
     monkeypatch.setattr("rmsweep.claims.LEASE", 0.5)
     sleeper = runners.start(tmp_path, n_cells=4, crash=crash)
-    runners.wait_until(lambda: runners.is_stopped(sleeper.pid))
+    wait_until(lambda: runners.is_stopped(sleeper.pid))
     bigger = fake_plan(3, betas=(0.5,))
     assert fake_run(bigger, tmp_path).counts["done"] >= 3
     os.kill(sleeper.pid, signal.SIGCONT)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import PRESETS
 from fake_pipeline import fake_plan, fake_run
+from waiting import wait_until
 
 from rmsweep import claims, execute, hardware
 from rmsweep.claims import Claims
@@ -59,17 +60,10 @@ def _slot_process(root, plan, prefix=(), **environment):
     return subprocess.Popen([*prefix, sys.executable, "-c", script], env=env, start_new_session=True)
 
 
-def _wait_for(true, seconds=60.0):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.05)
-
-
 def test_a_slot_does_not_hear_slurms_own_sigterm(tmp_path):
     """It goes to every process of the job: catches a child that ends on it before its parent can tell it how."""
     child = _slot_process(tmp_path, fake_plan(3), FAKE_SECONDS="0.7")
-    _wait_for(lambda: any((tmp_path / "ledger").glob("cell*")))
+    wait_until(lambda: any((tmp_path / "ledger").glob("cell*")))
     child.terminate()
     assert child.wait(60) == 0 and len(list((tmp_path / "ledger").glob("cell*"))) == 3
 
@@ -78,11 +72,11 @@ def test_a_slot_without_its_parent_leaves(tmp_path):
     """Slurm kills the parent alone, as kill -9 of one process does: catches a child that computes on beside its job."""
     parent = (sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])")
     process = _slot_process(tmp_path, fake_plan(60), parent, FAKE_SECONDS="0.5")
-    _wait_for(lambda: any((tmp_path / "ledger").glob("cell*")))
+    wait_until(lambda: any((tmp_path / "ledger").glob("cell*")))
     process.kill()
     process.wait()
-    _wait_for(lambda: not list((tmp_path / "store" / "claims").iterdir()))
-    _wait_for(lambda: not _group(process.pid))
+    wait_until(lambda: not list((tmp_path / "store" / "claims").iterdir()))
+    wait_until(lambda: not _group(process.pid))
     (said,) = Slots(tmp_path, "s").notes()
     assert said.end == "stopped" and len(list((tmp_path / "ledger").glob("cell*"))) < 60
 
@@ -119,7 +113,7 @@ HELPED = execute.Helped(0, 0, (), False, None)
 def test_told_to_leave_before_the_engine_listens(tmp_path, number, end):
     """Catches a slot that leaves without a word: its exit would pass for the end of its work."""
     child = _slot_process(tmp_path, fake_plan(3), FAKE_FAULTS=json.dumps({"bank": "hang"}), SLOT_STALL="1")
-    _wait_for(lambda: (tmp_path / "stalled").exists())
+    wait_until(lambda: (tmp_path / "stalled").exists())
     child.send_signal(number)
     assert child.wait(60) == _slot.LEFT
     assert [note.end for note in Slots(tmp_path, "s").notes()] == [end]
@@ -132,6 +126,33 @@ def test_a_slot_that_begins_after_cancel_computes_nothing(tmp_path, monkeypatch,
     arguments = _slot_arguments(tmp_path, fake_plan(2))
     Slots(tmp_path, "s").cancel()
     assert slot.main(arguments) == 0 and Slots(tmp_path, "s").notes()[0].end == "stopped"
+
+
+def test_a_slot_whose_child_is_killed_first_waits_to_be_killed_too(tmp_path, monkeypatch):
+    """Catches TIMEOUT and NODE_FAIL recorded as FAILED, which would count as a bug of the cells in flight: Slurm ends
+    a job process by process."""
+    monkeypatch.setattr(_slot, "MOMENT", 1.5)
+    start = _slot.subprocess.Popen
+    die = "import os; os.kill(os.getpid(), 9)"
+    monkeypatch.setattr(_slot.subprocess, "Popen", lambda command: start([command[0], "-c", die]))
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="exit code -9"):
+        _slot.Slot((), str(tmp_path), 60.0, 5.0)()
+    assert 1.5 <= time.monotonic() - began < 30
+
+
+def test_a_slot_whose_child_does_not_leave_is_out_of_time(tmp_path, monkeypatch):
+    """Catches FAILED, a bug of the cells in flight, for a child that hangs when the time is over."""
+    monkeypatch.setattr(_slot, "GRACE", 0.5)
+    monkeypatch.setattr(_slot, "MOMENT", 0.0)
+    slept = []
+    monkeypatch.setattr(_slot, "_sleep_until_killed", lambda: slept.append(1))
+    start = _slot.subprocess.Popen
+    hang = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    monkeypatch.setattr(_slot.subprocess, "Popen", lambda command: start([command[0], "-c", hang]))
+    with pytest.raises(RuntimeError, match="exit code -9"):
+        _slot.Slot((), str(tmp_path), 7.0, 1.0)()
+    assert slept
 
 
 def test_sleeping_until_killed(monkeypatch):
@@ -331,10 +352,7 @@ def test_the_diary_is_kept_while_cells_are_computed(tmp_path):
     with Diary(files.notes_folder, "5_0", 1, Order("p", "r")) as diary:
         assert files.notes()[0] == Note("5_0", 1, files.notes()[0].host, 0, {}, None, "", "p", "r")
         diary.told(["a", "b"])
-        deadline = time.monotonic() + 20
-        while not files.notes()[0].in_flight:
-            assert time.monotonic() < deadline, "nobody wrote"
-            time.sleep(0.05)
+        wait_until(lambda: files.notes()[0].in_flight, 20)
         assert files.notes()[0].in_flight.keys() == {"a", "b"} and files.notes()[0].end is None
 
 

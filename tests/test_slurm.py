@@ -15,6 +15,7 @@ import fake_slurm
 import pytest
 from conftest import PRESETS
 from fake_pipeline import fake_plan, fake_run
+from waiting import wait_until
 
 from rmsweep import cluster, collect, component, execute, intake, rounds, status
 from rmsweep.claims import Claims
@@ -210,10 +211,7 @@ def test_an_sbatch_that_does_not_end(site, tmp_path, monkeypatch):
         one.step()
         one.step()
         assert [text for text in one.notes if "not ended within" in text] and len(site.calls("sbatch")) == 1
-        deadline = time.monotonic() + 30
-        while any(thread.name == slurm.THREAD for thread in threading.enumerate()):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: not any(thread.name == slurm.THREAD for thread in threading.enumerate()))
         one.step()
         assert one.n_live == 2
     assert len(site.calls("sbatch")) == 1
@@ -1224,10 +1222,7 @@ def test_detached(nodes, tmp_path):
     """Nobody watches: the last slot that ends writes the tables."""
     root, plan = tmp_path / "root", fake_plan(8)
     assert cluster.run(plan, root, engine(slots=1), detach=True, progress=False, work=WORK) is None
-    deadline = time.monotonic() + 60
-    while not (root / "sweeps/s/tables.json").exists():
-        assert time.monotonic() < deadline, Slots(root, "s").log("101").read_text()
-        time.sleep(0.1)
+    wait_until((root / "sweeps/s/tables.json").exists, why=Slots(root, "s").log("101").read_text)
     fake_run(plan, tmp_path / "alone")
     assert table(root) == table(tmp_path / "alone")
 
@@ -1241,10 +1236,7 @@ def test_a_detached_retry(nodes, tmp_path, monkeypatch):
     failed = frozenset(plan.cells[i].fingerprint for i in (2, 5))
     assert cluster.run(plan, root, engine(slots=2), retry=failed, detach=True, progress=False, work=WORK) is None
     fake_run(plan, tmp_path / "alone")
-    deadline = time.monotonic() + 60
-    while table(root) != table(tmp_path / "alone"):
-        assert time.monotonic() < deadline, Slots(root, "s").log("101").read_text()
-        time.sleep(0.1)
+    wait_until(lambda: table(root) == table(tmp_path / "alone"), why=Slots(root, "s").log("101").read_text)
 
 
 def test_detach_needs_a_cluster(tmp_path, capsys):

@@ -6,19 +6,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from fake_pipeline import fake_plan, fake_run
+from waiting import wait_until
 
 from rmsweep.engines import _queue
 from rmsweep.slots import Slots
 
 TESTS = Path(__file__).parent
 N_CELLS = 200
+PATIENCE = (120.0, 0.2)  # seconds to wait for anything, and between two looks
 DRIVER = f"""
 import dataclasses, json, sys
 sys.path.insert(0, {str(TESTS)!r})
@@ -73,7 +74,7 @@ class Sweep:
     def advance(self, n=8):
         """Until `n` more cells are computed."""
         goal = self.n_computed() + n
-        wait_until(lambda: self.n_computed() >= goal)
+        wait_until(lambda: self.n_computed() >= goal, *PATIENCE)
 
     def running(self):
         """Array tasks on a node, as the queue has them."""
@@ -90,14 +91,14 @@ class Sweep:
         os.kill(found[0], signal.SIGKILL)
 
     def cancel_a_slot(self):
-        wait_until(self.running)
+        wait_until(self.running, *PATIENCE)
         command("scancel", self.running()[0])
 
     def preempt(self):
         """A job of a higher partition that wants both nodes for itself."""
-        wait_until(self.running)
+        wait_until(self.running, *PATIENCE)
         command("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 3")
-        wait_until(lambda: not self.running())
+        wait_until(lambda: not self.running(), *PATIENCE)
 
     def come_again(self):
         """Until a slot that was stopped, and put back into the queue, has cells in flight."""
@@ -107,11 +108,11 @@ class Sweep:
             after = {(note.task, note.restart + 1) for note in notes if note.end == "stopped"}
             return any(note.in_flight for note in notes if (note.task, note.restart) in after)
 
-        wait_until(has_begun)
+        wait_until(has_begun, *PATIENCE)
 
     def freeze_a_slot(self):
         """It hears nothing any more, does not leave, and runs into its time limit."""
-        wait_until(self.running)
+        wait_until(self.running, *PATIENCE)
         job, _, index = self.running()[-1].partition("_")
         marks = {f"SLURM_ARRAY_JOB_ID={job}".encode(), f"SLURM_ARRAY_TASK_ID={index}".encode()}
         if not index:
@@ -122,7 +123,7 @@ class Sweep:
 
     def warn_a_slot(self):
         """What Slurm sends before the time limit."""
-        wait_until(self.running)
+        wait_until(self.running, *PATIENCE)
         command("scancel", "--batch", "--signal=USR2", self.running()[0])
 
     def end(self):
@@ -154,7 +155,7 @@ def test_two_hundred_cells(slurm, tmp_path):
     outs = sweep.end()
     assert all("\n0\n" in f"\n{out}\n" for out in outs), outs
     assert _queue.poll(sweep.files.name) is not None
-    wait_until(lambda: not sweep.running(), 30)
+    wait_until(lambda: not sweep.running(), *PATIENCE)
     notes = sweep.files.notes()
     ends = Counter(note.end for note in notes)
     assert ends["time"] >= 2 and ends["stopped"] >= 1, (ends, outs)
@@ -197,11 +198,11 @@ def test_the_command_line(slurm, tmp_path):
     on_slurm = [*words, "engine=slurm", "engine.partition=main", "engine.slots=2", "engine.cpus_per_slot=1"]
     root = f"root={tmp_path / 'a'}"
     rmsweep("run", *on_slurm, root, "--detach")
-    wait_until(lambda: "done" in rmsweep("status", "s", root).splitlines()[0])
+    wait_until(lambda: "done" in rmsweep("status", "s", root).splitlines()[0], *PATIENCE)
     assert "slots: " in rmsweep("status", "s", root)
     assert "slots cancelled" in rmsweep("cancel", "s", root)
     files = Slots(tmp_path / "a", "s")
-    wait_until(lambda: not any(task.is_live for task in _queue.poll(files.name).values()))
+    wait_until(lambda: not any(task.is_live for task in _queue.poll(files.name).values()), *PATIENCE)
     assert "cells" in rmsweep("run", *on_slurm, root)
     assert "40 done" in rmsweep("status", "s", root)
     rmsweep("run", *words, f"root={tmp_path / 'b'}")
@@ -227,13 +228,6 @@ def rmsweep(*words):
 
 def command(*words):
     return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
-
-
-def wait_until(true, seconds=120.0):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.2)
 
 
 def pids():

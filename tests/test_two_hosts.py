@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import fake_slurm
 import pyarrow.parquet as pq
 import pytest
 from fake_pipeline import fake_plan, fake_run
+from waiting import wait_until
 
 TESTS = Path(__file__).parent
 LATE, LEASE, BEAT = 10, 30.0, 3.0  # seconds; the ratios of NFS's 60 and our 120 and 10
@@ -97,13 +97,6 @@ def computed(ledger):
     return Counter(path.name.rpartition("-")[0] for path in ledger.glob("cell*"))
 
 
-def wait_for(n_cells, ledger, seconds=120):
-    deadline = time.monotonic() + seconds
-    while len(computed(ledger)) < n_cells:
-        assert time.monotonic() < deadline, f"{len(computed(ledger))} of {n_cells} cells"
-        time.sleep(0.1)
-
-
 def same_tables(root, alone):
     fake_run(fake_plan(N_CELLS), alone)
     for name in ("results", "prompts"):
@@ -138,9 +131,10 @@ def test_a_host_dies(views, tmp_path):
     ledger = tmp_path / "ledger"
     ledger.mkdir()
     dead, alive = (Host(name, view / "root", ledger) for name, view in zip(("one", "two"), views, strict=True))
-    wait_for(N_CELLS // 4, ledger)
+    wait_until(lambda: len(computed(ledger)) >= N_CELLS // 4, 120)
     dead.kill()
     alive.end()
+    assert sum(computed(ledger).values()) <= N_CELLS + 2, "finished cells of the dead host were computed again"
     same_tables(tmp_path / "shared" / "root", tmp_path / "alone")
 
 

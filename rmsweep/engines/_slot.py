@@ -25,6 +25,7 @@ TELL = {"time": signal.SIGINT, "leave": signal.SIGHUP}  # why -> what the child 
 LEFT = 75  # exit code of a child that was interrupted with work left
 POLL, GRACE = 0.2, 60.0  # seconds; the child's time to publish
 PATIENCE = 600.0  # seconds that a slot which was told to leave waits to be killed
+MOMENT = 5.0  # seconds in which whoever killed the child may kill us too
 LAG = 5.0  # seconds between a job's start and ours, about
 
 
@@ -59,7 +60,9 @@ class _Supervisor:
                     self.why = "time"
                 time.sleep(POLL)
             code = self._ended(child)
-            if self.why == "leave":
+            if code == -signal.SIGKILL:
+                time.sleep(MOMENT)  # a job is killed process by process: let Slurm say why, instead of "failed"
+            if self.why == "leave" or (self.why and code == -signal.SIGKILL):  # it did not leave: out of time
                 _sleep_until_killed()
             if self.why == "time" and code == LEFT and self._is_worth_it(name, n):
                 self._requeue(name)

@@ -53,14 +53,6 @@ def start(root: Path, n_cells: int, seconds: float = 0.0, crash: str | None = No
     return subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.DEVNULL)
 
 
-def wait_until(true, seconds: float = 60.0) -> None:
-    """Until `true()`; a busy machine takes longer than any fixed sleep."""
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.02)
-
-
 def is_stopped(pid: int) -> bool:
     """Whether a process lies in SIGSTOP."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
