@@ -145,14 +145,14 @@ class Draft:
 class Tail:
     """A new file that one process appends to, not brought to the disk: a power cut may take what was written.
 
-    stage: of crash.POINTS. Every method raises StoreError when the disk refuses.
+    stage: of crash.POINTS. Making and writing raise StoreError when the disk refuses.
     """
 
     def __init__(self, path: Path, stage: str) -> None:
         self.path, self.stage, self._descriptor = path, stage, -1
         with disk_errors(path):
             crash.at(stage, "pre_open")
-            self._descriptor = os.open(path, NEW_FILE | os.O_APPEND, 0o666)
+            self._descriptor = os.open(path, NEW_FILE, 0o666)
             crash.at(stage, "opened")
 
     def write(self, data: bytes) -> None:
@@ -164,8 +164,14 @@ class Tail:
                 rest = rest[os.write(self._descriptor, rest[:half]) :]
                 crash.at(self.stage, "half_written" if rest else "written")
 
+    def is_there(self) -> bool:
+        """Whether the file still has its name, as far as is known here."""
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.lstat(self.path), os.fstat(self._descriptor))
+        return False
+
     def close(self) -> None:
-        """Nothing is appended any more."""
+        """Append no more."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with contextlib.suppress(OSError):  # NFS says here what it could not write
@@ -294,6 +300,14 @@ def move(path: Path, target: Path) -> None:
         crash.at("quarantine", "moved")
         fsync_folder(target.parent)
         fsync_folder(path.parent)
+
+
+def take(path: Path, target: Path, stage: str) -> None:
+    """Give a file that others may want too another name; raises StoreError where it is not to be had."""
+    with disk_errors(path):
+        crash.at(stage, "pre_take")
+        os.rename(path, target)
+        crash.at(stage, "taken")
 
 
 def fsync_file(path: Path) -> tuple[int, str]:

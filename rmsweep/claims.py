@@ -30,15 +30,23 @@ def has_ended(owner: str) -> bool:
 
 
 class Claims:
-    """What this process has claimed in a folder; a context, that beats inside and gives everything back at its end."""
+    """What this process has claimed in a folder; a context, that beats inside and gives everything back at its end.
+
+    on_death: called with a dead owner before the first of its keys becomes ours; where it raises, none does.
+    """
 
     def __init__(
-        self, folder: Path, lease: float | None = None, beat: float = BEAT, now: Callable[[], float] = time.monotonic
+        self,
+        folder: Path,
+        lease: float | None = None,
+        beat: float = BEAT,
+        now: Callable[[], float] = time.monotonic,
+        on_death: Callable[[str], object] = lambda owner: None,
     ) -> None:
         self.folder, self.owner = folder, f"{atomic.owner()}.{uuid.uuid4().hex[:12]}"
         self._beat, self._mine, self._n = beat, set[str](), 0
         self._unlinked = set[str]()  # what a file system without symbolic links let us have
-        self._buried = set[str]()  # dead owners whose keys became ours
+        self._on_death, self._buried = on_death, set[str]()  # owners that it was called for
         self._ended, self._lives = threading.Event(), Lives(folder, lease, now)
         self._thread = threading.Thread(target=self._tick, daemon=True)
 
@@ -46,10 +54,9 @@ class Claims:
         """Claim keys; those that are ours now. Keys of a dead owner become ours."""
         return {key for key in keys if self._take(key)}
 
-    def buried(self) -> set[str]:
-        """Dead owners whose keys have become ours since this was last asked."""
-        buried, self._buried = self._buried, set()
-        return buried
+    def is_gone(self, owner: str) -> bool:
+        """Whether an owner is no more, or seems so: it has no beat file. Who lives may be taken for gone by mistake."""
+        return has_ended(owner) or not os.path.lexists(self.folder / f"{owner}{BEATS}")
 
     def holds(self, key: str) -> bool:
         """Whether a key is still ours: who sleeps past the lease loses it."""
@@ -128,6 +135,9 @@ class Claims:
         """Remove a dead owner's claim, unless somebody else has done so and claimed it meanwhile."""
         if not self._lives.is_dead(holder):
             return False
+        if holder and holder not in self._buried:
+            self._on_death(holder)
+            self._buried.add(holder)
         aside = self.folder / atomic.temporary_name()
         with contextlib.suppress(OSError):
             os.rename(self.folder / key, aside)
@@ -135,8 +145,6 @@ class Claims:
             if taken != holder:  # a new claim: give it back
                 os.link(aside, self.folder / key, follow_symlinks=False)
             os.unlink(aside)
-            if taken == holder:
-                self._buried.add(holder)
             return taken == holder
         return False
 

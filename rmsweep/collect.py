@@ -1,6 +1,6 @@
 """Garbage collection: what killed processes left behind, and artefacts that no sweep refers to.
 
-What they had finished is published first.
+What killed processes had finished is published first.
 
 An orphan is removed once its owner is known to have ended: a process of this machine that is no more, or one of
 another machine when nobody beats any longer (`claims`). Never by age. Results are never thrown away unless asked for.
@@ -121,11 +121,12 @@ def collect(
 
 def _recover(store: Store, authors: Mapping[Path, str], found: Collected) -> None:
     """Publish what runs that were killed had finished; before their claims go, which say that they are dead."""
-    if items := [Item(path, size(path)) for path in sorted(authors)]:
+    sizes, dead = {path: size(path) for path in sorted(authors)}, set(authors.values())
+    taken = sizes.keys() if found.dry else store.recover(lambda owner, unit: owner in dead)
+    if items := [Item(path, n_bytes) for path, n_bytes in sizes.items() if path in taken]:
         found.removed[JOURNALS] = items
-    if not found.dry:
-        dead = set(authors.values())
-        store.recover(lambda owner, unit: owner in dead)
+    if n_left := len(sizes) - len(items):
+        found.notes.append(f"{n_left} journals in {store.folder / 'journals'} were left: they cannot be read")
 
 
 def _take(found: Collected, what: str, paths: Iterable[Path], wanted: bool = True) -> None:

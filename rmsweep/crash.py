@@ -20,7 +20,7 @@ FILE = ("pre_tmp", "tmp_opened", "half_written", "written", "fsynced", "publishe
 POINTS: dict[str, tuple[str, ...]] = {
     "plan": FILE,  # plan.parquet and plan.json of a sweep
     "claim": ("pre_claim", "claimed", "released"),
-    "journal": ("pre_open", "opened", "half_written", "written"),  # finished cells that no part holds yet
+    "journal": ("pre_open", "opened", "half_written", "written", "pre_take", "taken"),  # cells that no part holds yet
     "bank": (*FILE, "indexed"),  # indexed: after its manifest, before its name
     "costs": FILE,
     "kept": FILE,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from rmsweep import hardware, results, runner, units
 from rmsweep.cell import PlannedCell
-from rmsweep.claims import Claims, has_ended
+from rmsweep.claims import Claims
 from rmsweep.engines.local import Local
 from rmsweep.errors import DataError, StoreError
 from rmsweep.fingerprint import digest, file_sha256
@@ -93,12 +93,17 @@ def begun(plan: Plan, root: Path) -> Iterator[Begun]:
     cells = [cell for cell in plan.cells if cell.reason is None]
     if not all(cell.fingerprint for cell in cells):
         raise DataError(plan.unknown or f"sweep {plan.name}: the data are not here, so nothing can be computed")
-    with Claims(store.folder / "claims") as claims:  # first of all: who beats is alive
+    with _claims(store) as claims:  # first of all: who beats is alive
         notes = write_plan(plan, folder, claims)
         results.mark_last(root, plan.name)
-        store.recover(lambda owner, unit: has_ended(owner))
+        store.recover(lambda owner, unit: claims.is_gone(owner))
         store.merge(cell.fingerprint for cell in cells)
         yield Begun(store, claims, folder, cells, notes)
+
+
+def _claims(store: Store) -> Claims:
+    """Of runs: before they take over what a dead one had claimed, they publish what it had finished."""
+    return Claims(store.folder / "claims", on_death=lambda dead: store.recover(lambda owner, unit: owner == dead))
 
 
 class Share(NamedTuple):
@@ -132,7 +137,7 @@ def help_with(
     folder, store = sweep_folder(root, plan.name), Store(root, heal=True)
     store.prepare()
     cells = [cell for cell in plan.cells if cell.reason is None]
-    with Claims(store.folder / "claims") as claims:
+    with _claims(store) as claims:
         pending = pending_cells(cells, store, retry, plan.keep, blameless=False)
         todo = units.split(pending, max(1, engine.n_workers(len(pending), _gpus(plan))) * share.of)
         begin = len(todo) * (share.part % share.of) // share.of
@@ -160,12 +165,19 @@ def _limits(engine: Local) -> Limits:
 
 def _computed(schedule: Schedule, engine: Local, plan: Plan, work: str) -> int | None:
     """Have the schedule's tasks run; the signal that stopped it. What workers that were killed had finished counts."""
+
+    def recover() -> None:
+        schedule.store.recover(lambda owner, unit: owner == schedule.claims.owner)
+
     with schedule.bar:
         try:
-            return engine.run(schedule, schedule.n_tasks, WARM if work == runner.PIPELINE else None, _gpus(plan))
-        finally:
-            with contextlib.suppress(StoreError):  # an error before this one is the one to report
-                schedule.store.recover(lambda owner, unit: owner == schedule.claims.owner)
+            stopped = engine.run(schedule, schedule.n_tasks, WARM if work == runner.PIPELINE else None, _gpus(plan))
+        except BaseException:
+            with contextlib.suppress(StoreError):  # the first error is the one to report
+                recover()
+            raise
+        recover()
+        return stopped
 
 
 def _gpus(plan: Plan) -> list[str]:

@@ -1,18 +1,19 @@
 """Journals: the finished cells of a unit at work, until a part holds them, so that SIGKILL takes only cells in flight.
 
-    journals/<owner>.<unit>-<8 hex digits>    frames, one a cell: two lengths, sha256, JSON, safetensors
+    journals/<owner>.<unit>-<8 hex digits>    frames, one a cell: lengths, sha256, record, cost row, kept arrays
 
-A worker appends to its own, without fsync: a power cut may take it. Others read it once its owner (of claims) has
-ended; it ends where a frame is torn. What it holds counts only when it is published as a part.
+A worker appends to its own, without fsync: a power cut may take it. Somebody else takes it by giving it another name,
+when the worker has died or the owner (of claims) counts as dead; whoever was believed dead and lives sees that its
+journal is gone, and publishes at once. A frame that is torn ends a journal. What it holds counts only as a part.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
+import stat
 import struct
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,13 +21,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from rmsweep import atomic
+from rmsweep.errors import StoreError
+from rmsweep.parts import table_of
+from rmsweep.schemas import COSTS, RECORD, arrow
 
 NAME = re.compile(r"(?P<owner>[A-Za-z0-9_]+-[0-9a-f]{8}-[0-9]+\.[0-9a-f]{12})\.(?P<unit>[0-9a-f]{16,64})-[0-9a-f]{8}")
-HEAD = struct.Struct("<QQ32s")  # lengths in bytes of JSON and of safetensors, sha256 of both
-COLUMN, KEPT = "column/", "kept/"  # so begin the names of arrays
+HEAD = struct.Struct("<QQQ32s")  # lengths in bytes of record, cost row and safetensors, sha256 of SCHEMAS and all three
+COST = arrow(COSTS)
+SCHEMAS = f"{RECORD}\n{COST}".encode()  # a frame of other columns is nothing to this version
 
 
 class Finished(NamedTuple):
@@ -38,75 +44,104 @@ class Finished(NamedTuple):
 
 
 class Journal:
-    """The finished cells of one attempt at a unit; the file is there while it holds any. Raises StoreError."""
+    """The finished cells of one attempt at a unit that no part holds yet."""
 
     def __init__(self, folder: Path, owner: str, unit: str) -> None:
-        self._path = folder / f"{owner}.{unit}-{uuid.uuid4().hex[:8]}"
+        self._folder, self._owner, self._unit = folder, owner, unit
         self._tail: atomic.Tail | None = None
 
-    def add(self, cell: Finished) -> None:
-        """Append a finished cell."""
-        if self._tail is None:
-            self._tail = atomic.Tail(self._path, "journal")
-        self._tail.write(frame(cell))
+    def add(self, cell: Finished) -> bool:
+        """Append a finished cell; False where it is not safe there: the disk refuses, or somebody took the file."""
+        data = frame(cell)
+        with contextlib.suppress(StoreError):
+            if self._tail is None:
+                self._tail = atomic.Tail(_fresh(self._folder, self._owner, self._unit), "journal")
+            self._tail.write(data)
+            return self._tail.is_there()
+        return False
 
     def drop(self) -> None:
-        """Parts hold all of it."""
+        """Parts hold all of it. Raises StoreError."""
         if self._tail is not None:
             self._tail.close()
-            self._tail = None
-            atomic.remove(self._path)
+            path, self._tail = self._tail.path, None
+            atomic.remove(path)
+
+    def close(self) -> None:
+        """Append no more, and leave the file."""
+        if self._tail is not None:
+            self._tail.close()
 
 
 def listed(folder: Path) -> Iterator[tuple[Path, str, str]]:
-    """Every journal with its owner and its unit; other files are none."""
-    with contextlib.suppress(FileNotFoundError):
-        for name in sorted(os.listdir(folder)):
-            if match := NAME.fullmatch(name):
-                yield folder / name, match["owner"], match["unit"]
+    """Every journal with its owner and its unit; other files are none. Raises StoreError."""
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise atomic.unreadable(folder, error) from error
+    for name in names:
+        if match := NAME.fullmatch(name):
+            yield folder / name, match["owner"], match["unit"]
+
+
+def taken(path: Path) -> Path | None:
+    """Where a journal is now that it is ours; None where it is not to be had, or no regular file."""
+    with contextlib.suppress(OSError, StoreError):
+        match = NAME.fullmatch(path.name)
+        if match and stat.S_ISREG(os.lstat(path).st_mode):
+            mine = _fresh(path.parent, match["owner"], match["unit"])
+            atomic.take(path, mine, "journal")
+            return mine
+    return None
 
 
 def read(path: Path) -> Iterator[Finished]:
-    """The cells of a journal up to the first frame that is torn or damaged; none where it is gone. Raises OSError."""
-    from safetensors import SafetensorError
-
-    try:
-        rest = memoryview(atomic.read(path))
-    except FileNotFoundError:
-        return
-    while len(rest) >= HEAD.size:
-        n_json, n_arrays, said = HEAD.unpack(rest[: HEAD.size])
-        body, rest = rest[HEAD.size :][: n_json + n_arrays], rest[HEAD.size + n_json + n_arrays :]
-        if len(body) < n_json + n_arrays or hashlib.sha256(body).digest() != said:
-            return
-        try:
-            yield _cell(bytes(body[:n_json]), bytes(body[n_json:]))
-        except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return  # of another version
+    """The cells of a journal up to the first frame that is torn, damaged or of another version. Raises OSError."""
+    with open(os.open(path, atomic.READ), "rb") as handle:
+        left = os.fstat(handle.fileno()).st_size
+        while len(head := handle.read(HEAD.size)) == HEAD.size:
+            *lengths, said = HEAD.unpack(head)
+            left -= HEAD.size + sum(lengths)
+            if left < 0:
+                return
+            parts = [handle.read(length) for length in lengths]
+            if _sha(parts) != said:
+                return
+            yield _cell(*parts)
 
 
 def frame(cell: Finished) -> bytes:
-    """A cell as bytes that give back the same numbers, bit for bit."""
+    """A cell as bytes: what tables would hold of it, bit for bit."""
     from safetensors.numpy import save
 
-    columns = {name: value for name, value in cell.record.items() if isinstance(value, np.ndarray)}
-    rest = {name: value for name, value in cell.record.items() if name not in columns}
-    words = json.dumps({"record": rest, "cost": cell.cost}, default=_plain).encode()
-    named = {COLUMN + name: value for name, value in columns.items()} | {KEPT + n: a for n, a in cell.kept.items()}
-    arrays = save({name: np.ascontiguousarray(array) for name, array in named.items()})
-    sha = hashlib.sha256(words + arrays).digest()
-    return HEAD.pack(len(words), len(arrays), sha) + words + arrays
+    arrays = save({name: np.ascontiguousarray(array) for name, array in cell.kept.items()})
+    parts = [_row(cell.record, RECORD), _row(cell.cost, COST), arrays]
+    return b"".join([HEAD.pack(*map(len, parts), _sha(parts)), *parts])
 
 
-def _cell(words: bytes, arrays: bytes) -> Finished:
+def _cell(record: bytes, cost: bytes, arrays: bytes) -> Finished:
     from safetensors.numpy import load
 
-    said, found = json.loads(words), load(arrays)
-    columns = {name.removeprefix(COLUMN): a for name, a in found.items() if name.startswith(COLUMN)}
-    kept = {name.removeprefix(KEPT): a for name, a in found.items() if name.startswith(KEPT)}
-    return Finished({**said["record"], **columns}, dict(said["cost"]), kept)
+    (said,), (spent,) = (
+        pa.ipc.read_record_batch(pa.py_buffer(data), schema).to_pylist()
+        for data, schema in ((record, RECORD), (cost, COST))
+    )
+    return Finished(said, spent, load(arrays))
 
 
-def _plain(value: Any) -> Any:
-    """Numbers of numpy in JSON, exactly."""
-    return value.tolist()
+def _row(row: Mapping[str, Any], schema: pa.Schema) -> bytes:
+    data: bytes = table_of([row], schema).to_batches()[0].serialize().to_pybytes()
+    return data
+
+
+def _sha(parts: list[bytes]) -> bytes:
+    state = hashlib.sha256(SCHEMAS)
+    for part in parts:
+        state.update(part)
+    return state.digest()
+
+
+def _fresh(folder: Path, owner: str, unit: str) -> Path:
+    return folder / f"{owner}.{unit}-{uuid.uuid4().hex[:8]}"

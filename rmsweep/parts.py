@@ -294,6 +294,19 @@ def again(read: Callable[[], Any]) -> Any:
     raise StoreError(f"the store's parts change faster than they can be read (last: {last})")
 
 
+def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Rows as a table; a key that the schema does not know is an error, an absent one is null."""
+    for row in rows:
+        if unknown := sorted(set(row) - set(schema.names)):
+            raise ValueError(f"columns {unknown} are not in the schema; add them to rmsweep/schemas.py")
+    columns = {field.name: pa.array([_plain(row.get(field.name)) for row in rows], field.type) for field in schema}
+    return pa.table(columns, schema=schema)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def sha(data: bytes) -> str:
     """What a part's name says of its bytes."""
     return hashlib.sha256(data).hexdigest()[:DIGITS]

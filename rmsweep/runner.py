@@ -29,15 +29,15 @@ from rmsweep.engines._slot import task_name
 from rmsweep.errors import ConfigError, DataError, DesignError, Diverged, StoreError
 from rmsweep.fingerprint import file_sha256
 from rmsweep.journals import Finished, Journal
+from rmsweep.parts import table_of
 from rmsweep.reward_models import Compute
 from rmsweep.schemas import RECORD
-from rmsweep.store import Store, table_of
+from rmsweep.store import KEPT_BYTES, Store
 from rmsweep.text import printable
 from rmsweep.versions import STAGES
 
 PIPELINE = "rmsweep.runner:pipeline"
 FLUSH_SECONDS = 60.0
-KEPT_BYTES = 256 << 20  # kept arrays of a unit are merged up to this size, then begin another file
 
 
 class Work(Protocol):
@@ -274,8 +274,8 @@ def unfinished(
     unit_id: str, cell: CellTask, status: str, cause: Cause | None, reason: str, trace: str | None = None
 ) -> Finished:
     """A cell that gave no metrics; the reason on one line."""
-    cost = {**_cost(unit_id, cell), "traceback": trace}
-    return Finished(_record(cell, status, " ".join(reason.split()), cause), cost, {})
+    cost = {**_cost(unit_id, cell), "traceback": trace and printable(trace)}  # UTF-8 cannot hold everything
+    return Finished(_record(cell, status, printable(" ".join(reason.split())), cause), cost, {})
 
 
 def _is_nan(value: Any) -> bool:
@@ -317,8 +317,8 @@ class Part:
     """The finished cells of one attempt at a unit, kept in one published part, and in a journal until then.
 
     Leaving the context publishes what is not published yet, also when the worker is stopped. A thread publishes every
-    60 s, so that others see them, and a power cut takes no more. Every publication holds all cells so far; the part
-    before goes only after it.
+    60 s, so that others see them, and a power cut takes no more; what is not safe in the journal is published at once.
+    Every publication holds all cells so far; the part before goes only after it.
     """
 
     def __init__(
@@ -338,23 +338,27 @@ class Part:
         with self._channel.shield(), self._lock:
             if self._error is not None:
                 raise self._error
-            self._journal.add(cell)
             self._cells.append(cell)
             self._kept.update({f"{cell.record['fingerprint']}/{k}": v for k, v in cell.kept.items()})
+            if not self._journal.add(cell):
+                self._publish()
 
     def flush(self) -> None:
         """Publish all cells so far as one part, then remove the part that it replaces."""
         with self._lock:
-            if self._published == len(self._cells):
-                return
-            records, costs = [c.record for c in self._cells], [c.cost for c in self._cells]
-            files = self._store.publish_part(self._unit_id, records, costs, self._kept)
-            self._store.discard(path for path in self._files if path not in files)
-            self._files, self._published = files, len(self._cells)
-            self._journal.drop()
-            if sum(array.nbytes for array in self._kept.values()) > KEPT_BYTES:
-                self._files = [path for path in files if path.parent.name != "kept"]
-                self._kept = {}
+            self._publish()
+
+    def _publish(self) -> None:
+        if self._published == len(self._cells):
+            return
+        records, costs = [c.record for c in self._cells], [c.cost for c in self._cells]
+        files = self._store.publish_part(self._unit_id, records, costs, self._kept)
+        self._store.discard(path for path in self._files if path not in files)
+        self._files, self._published = files, len(self._cells)
+        self._journal.drop()
+        if sum(array.nbytes for array in self._kept.values()) > KEPT_BYTES:
+            self._files = [path for path in files if path.parent.name != "kept"]
+            self._kept = {}
 
     def _tick(self) -> None:
         while not self._closed.wait(self._seconds):
@@ -371,8 +375,11 @@ class Part:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._closed.set()
         with self._channel.shield():
-            if not isinstance(error, StoreError):
-                self.flush()
+            try:
+                if not isinstance(error, StoreError):
+                    self.flush()
+            finally:
+                self._journal.close()
 
 
 class Log:

@@ -148,8 +148,6 @@ class Schedule:
 
     def _claimed_unit(self, unit: Unit) -> Unit | None:
         mine = self.claims.take(_keys(unit.cells))
-        if dead := self.claims.buried():
-            self.store.recover(lambda owner, unit: owner in dead)
         ours = [cell for cell in unit.cells if cell.fingerprint in mine]
         left = self._not_stored(ours)  # looked at after claiming: who had a claim before has published
         elsewhere = mine.difference(_keys(left))
@@ -213,7 +211,7 @@ class Schedule:
             self._message(event.task_id, *event.data)
             return
         item, self._busy = self._running.pop(event.task_id), time.monotonic()
-        if event.kind == "died":
+        if event.kind == "died" and not isinstance(item, str):  # before others may claim what it had finished
             self.store.recover(lambda owner, unit: (owner, unit) == (self.claims.owner, event.task_id))
         self.claims.release([_bank_key(item)] if isinstance(item, str) else _keys(item.cells))
         if event.kind == "finished":
@@ -309,7 +307,7 @@ class Schedule:
         short = self._short_of_memory(task_id, item)
         left = self._not_stored(cell for cell in item.cells if cell.fingerprint not in short)
         suspect = self._in_flight.get(task_id)
-        self._forget(task_id, left)
+        self._correct(task_id, item, left)
         rest = [cell for cell in left if cell.fingerprint != suspect]
         for cell in (cell for cell in left if cell.fingerprint == suspect):
             self._suspect(cell, cause, f"worker {how}", _guess(cause, death))
@@ -370,16 +368,19 @@ class Schedule:
         """Cells without a record of this run."""
         cells = list(cells)
         keys = _keys(cells)
-        records, attempts = self.store.done(keys), self.store.attempts(keys)
+        records, attempts = self.store.done_and_kept(keys, self.job.keep), self.store.attempts(keys)
         stale = {k for k in self._retried if attempts.get(k, 0) <= self._attempts[k]}
         return [cell for cell in cells if cell.fingerprint not in records or cell.fingerprint in stale]
 
-    def _forget(self, task_id: str, left: Iterable[PlannedCell]) -> None:
-        """Cells that were reported and died with their worker before they were published."""
-        reported = self._reported.get(task_id, {})
-        for cell in left:
-            if cell.fingerprint in reported:
-                self.bar.cell(reported[cell.fingerprint], -1)
+    def _correct(self, task_id: str, unit: Unit, left: Iterable[PlannedCell]) -> None:
+        """Count what a dead worker finished and did not report any more; not what it reported and nothing holds."""
+        reported, lost = self._reported.get(task_id, {}), set(_keys(left))
+        for key in lost & reported.keys():
+            self.bar.cell(reported[key], -1)
+        unheard = set(_keys(unit.cells)) - lost - reported.keys() - self._short.get(task_id, set())
+        for status in self.store.done(unheard).values():
+            self.n_computed += 1
+            self.bar.cell(status)
 
     def _fail(self, cells: Sequence[PlannedCell], cause: Cause, reason: str, trace: str | None) -> None:
         """Record cells that could not be computed."""

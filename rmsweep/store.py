@@ -34,7 +34,7 @@ from rmsweep.bank import reference_problem
 from rmsweep.errors import StoreError
 from rmsweep.fingerprint import canonical_json, digest
 from rmsweep.journals import Finished, Journal
-from rmsweep.parts import Files, Gone, Parts, sha
+from rmsweep.parts import Files, Gone, Parts, sha, table_of
 from rmsweep.schemas import COSTS, RECORD, arrow
 
 KEY = re.compile(r"[0-9a-f]{16,64}")
@@ -43,6 +43,7 @@ FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MANIFEST = "manifest.json"
 RANK = {"done": 0, "diverged": 1, "skipped": 2, "failed": 3}  # which of several records of one cell counts
 COSTS_SCHEMA = arrow(COSTS)
+KEPT_BYTES = 256 << 20  # kept arrays of a unit are merged up to this size, then begin another file
 RECORD_SMALL, COSTS_SMALL = ("fingerprint", "status", "reason", "cause", "attempt"), ("fingerprint", "attempt")
 MANY_SMALL, MERGE_BELOW, MERGE_TO = 64, 30, 60  # more than so many parts of fewer rows than that become parts of these
 
@@ -70,6 +71,7 @@ class Store:
         self.record_parts = Parts(self.folder / "results", self._set_aside, RECORD, RECORD_SMALL, _record_order)
         self.cost_parts = Parts(self.folder / "costs", self._set_aside, COSTS_SCHEMA, COSTS_SMALL, _cost_order)
         self._kept = Files(self.folder / "kept", self._set_aside)
+        self._kept_index = dict[str, set[tuple[str, str]]]()
         self._verified: set[str] = set()
 
     @property
@@ -154,22 +156,37 @@ class Store:
         """Where an attempt at a unit keeps finished cells until a part holds them. owner: of claims."""
         return Journal(self.folder / "journals", owner, _key(unit))
 
-    def recover(self, concerns: Callable[[str, str], bool]) -> None:
-        """Publish what journals hold whose process has ended, and remove them. concerns: told owner and unit.
+    def recover(self, concerns: Callable[[str, str], bool]) -> set[Path]:
+        """Publish what journals of ended processes hold, and remove them; which. concerns: told owner and unit.
 
-        One that cannot be read now stays. Done twice it does no harm: equal records count once.
+        One that cannot be had or read stays. Of a living process it costs a publication, no more. Done twice it does no
+        harm: equal records count once. Raises StoreError where the disk refuses.
         """
-        for path, owner, unit in journals.listed(self.folder / "journals"):
-            if not concerns(owner, unit):
-                continue
-            try:
-                cells = [cell for cell in journals.read(path) if _fits(cell)]
-            except OSError:
-                continue
-            if cells:
-                kept = {f"{c.record['fingerprint']}/{name}": a for c in cells for name, a in c.kept.items()}
-                self.publish_part(unit, [c.record for c in cells], [c.cost for c in cells], kept)
+        found = [(p, unit) for p, owner, unit in journals.listed(self.folder / "journals") if concerns(owner, unit)]
+        return {path for path, unit in found if (mine := journals.taken(path)) and self._publish_journal(mine, unit)}
+
+    def _publish_journal(self, path: Path, unit: str) -> bool:
+        """Whether a journal could be read; large arrays go to files of their own, so that memory is bounded."""
+        cells: list[Finished] = []
+        try:
+            for cell in journals.read(path):
+                cells.append(cell)
+                if sum(array.nbytes for one in cells for array in one.kept.values()) > KEPT_BYTES:
+                    self._publish_cells(unit, cells)
+                    cells.clear()
+            self._publish_cells(unit, cells)
+        except StoreError:
+            raise
+        except (OSError, pa.ArrowException):
+            return False
+        with contextlib.suppress(StoreError):  # it is published: at worst it is once more
             atomic.remove(path)
+        return True
+
+    def _publish_cells(self, unit: str, cells: Sequence[Finished]) -> None:
+        if cells:
+            kept = {f"{c.record['fingerprint']}/{name}": a for c in cells for name, a in c.kept.items()}
+            self.publish_part(unit, [c.record for c in cells], [c.cost for c in cells], kept)
 
     def discard(self, files: Iterable[Path]) -> None:
         """Remove parts that a published one has replaced."""
@@ -194,15 +211,19 @@ class Store:
         found = self.done(fingerprints)
         if keep == "none":
             return found
-        kept = self._kept_names()
-        has = {name.partition("/")[0] for name in kept if (name.partition("/")[2] == "scores") == (keep == "scores")}
+        has = {key for key, name in self._kept_names() if (name == "scores") == (keep == "scores")}
         return {key: status for key, status in found.items() if status != "done" or key in has}
 
-    def _kept_names(self) -> set[str]:
-        """Names <fingerprint>/<array> of everything that was kept."""
+    def _kept_names(self) -> set[tuple[str, str]]:
+        """Fingerprint and name of every array that was kept."""
         from safetensors.numpy import load
 
-        return {name for data in self._kept.sound(lambda path: True) for name in load(data)}
+        found = set[tuple[str, str]]()
+        for name in self._kept.listed():  # files never change: read and verified once per process
+            if name not in self._kept_index and (data := self._kept.read(name)) is not None:
+                self._kept_index[name] = {(key, rest) for key, _, rest in (n.partition("/") for n in load(data))}
+            found |= self._kept_index.get(name, set())
+        return found
 
     def states(self, fingerprints: Iterable[str]) -> dict[str, State]:
         """Fingerprint -> status, reason and cause of the cells that have a record; holds those columns only."""
@@ -341,35 +362,12 @@ def _key(key: str) -> str:
     return key
 
 
-def table_of(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Rows as a table; a key that the schema does not know is an error, an absent one is null."""
-    for row in rows:
-        if unknown := sorted(set(row) - set(schema.names)):
-            raise ValueError(f"columns {unknown} are not in the schema; add them to rmsweep/schemas.py")
-    columns = {field.name: pa.array([_plain(row.get(field.name)) for row in rows], field.type) for field in schema}
-    return pa.table(columns, schema=schema)
-
-
 def parquet(table: pa.Table) -> bytes:
     """Parquet bytes of a table, each page with a checksum."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     data: bytes = sink.getvalue().to_pybytes()
     return data
-
-
-def _fits(cell: Finished) -> bool:
-    """Whether the tables of this version can hold a cell."""
-    try:
-        table_of([cell.record], RECORD)
-        table_of([cell.cost], COSTS_SCHEMA)
-        return KEY.fullmatch(cell.record["fingerprint"]) is not None
-    except (pa.ArrowException, ValueError, TypeError, KeyError):
-        return False
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _safetensors(arrays: Mapping[str, NDArray[Any]]) -> bytes:

@@ -1,6 +1,6 @@
 """Pending cells -> units: cells that share a bank and run together in one worker.
 
-Results never depend on the unit; its size only balances bookkeeping against what a kill can lose.
+Results never depend on the unit; its size only balances bookkeeping against what others can share.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
 """Journals: what a worker has finished outlives SIGKILL, bit for bit; what is torn or foreign is never served."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,11 +13,19 @@ import pytest
 from fake_pipeline import fake_plan, fake_run
 from waiting import wait_until
 
-from rmsweep import atomic, claims, collect
+from rmsweep import atomic, claims, collect, journals, units
+from rmsweep import store as stores
 from rmsweep.claims import Claims
+from rmsweep.engines import Death, Event
 from rmsweep.engines.local import Local
 from rmsweep.errors import StoreError
-from rmsweep.journals import Finished, Journal, frame, listed, read
+from rmsweep.journals import COST, Finished, Journal, frame, listed, read
+from rmsweep.parts import table_of
+from rmsweep.progress import Progress
+from rmsweep.reward_models import Compute
+from rmsweep.runner import Job, Part
+from rmsweep.schedule import Schedule
+from rmsweep.schemas import RECORD
 from rmsweep.store import Store
 
 UNIT, ELSEWHERE = "ab" * 12, "elsewhere-01234567-1.0123456789ab"
@@ -50,8 +59,20 @@ def written(store, owner, cells):
 
 
 def recovered(store):
-    """As when a run begins."""
-    store.recover(lambda owner, unit: claims.has_ended(owner))
+    """As when a run begins on this machine."""
+    return store.recover(lambda owner, unit: claims.has_ended(owner))
+
+
+def journal_of(store):
+    (path,) = (path for path, _, _ in listed(store.folder / "journals"))
+    return path
+
+
+class Quiet:
+    """A channel that nobody listens to."""
+
+    def shield(self):
+        return contextlib.nullcontext()
 
 
 def computed(ledger):
@@ -61,18 +82,18 @@ def computed(ledger):
 # -- bytes -------------------------------------------------------------------------------------------------
 
 
-def test_a_frame_gives_back_the_same_bits(tmp_path):
-    """Catches numbers rounded on their way through text, and kinds of numbers that text does not know."""
+def test_a_frame_gives_back_what_tables_would_hold(tmp_path):
+    """Catches numbers rounded on their way, and kinds of numbers that only the tables know."""
     hard = [0.1, -0.0, 5e-324, 1.7976931348623157e308, 1 / 3, float("inf"), float("nan"), None]
     arrays = {"scores": np.float32([[1 / 3, np.nan]]), "w/0": np.array([2**60 + 1]), "none": np.zeros((0, 2))}
     record = {"bon_golden": hard, "spearman": np.float32(0.1), "n_train": np.int64(2**53 + 1), "reason": None}
-    one = cell(**record, golden_picked=np.float32([0.1, -0.0, np.inf]))
-    one = one._replace(cost={**one.cost, "traceback": "a\n\x00 \udc80 é", "seconds_train": 0.1 + 0.2}, kept=arrays)
+    one = cell(**record, golden_picked=np.float32([0.1, -0.0, np.inf]), category=np.array(["a", "b"]))
+    one = one._replace(cost={**one.cost, "traceback": "a\n é", "seconds_train": 0.1 + 0.2}, kept=arrays)
     (tmp_path / "j").write_bytes(frame(one))
     (back,) = read(tmp_path / "j")
-    assert repr(back.record["bon_golden"]) == repr(hard) and back.record["reason"] is None
-    assert back.record["spearman"] == float(np.float32(0.1)) and back.record["n_train"] == 2**53 + 1
-    assert back.record["golden_picked"].tobytes() == one.record["golden_picked"].tobytes() and back.cost == one.cost
+    for row, given, schema in ((back.record, one.record, RECORD), (back.cost, one.cost, COST)):
+        assert repr(table_of([row], schema).to_pylist()) == repr(table_of([given], schema).to_pylist())
+    assert repr(back.record["bon_golden"]) == repr(hard) and back.record["n_train"] == 2**53 + 1
     assert {k: (a.dtype, a.shape, a.tobytes()) for k, a in back.kept.items()} == {
         k: (a.dtype, a.shape, a.tobytes()) for k, a in arrays.items()
     }
@@ -134,13 +155,90 @@ def test_nobody_touches_the_journal_of_a_living_one(tmp_path):
         assert len(list(listed(store.folder / "journals"))) == 1 and store.done(KEYS) == {}
 
 
-def test_cells_of_another_version_are_dropped(tmp_path):
-    """A column or a key that this version does not know; the others of the journal count."""
+def test_frames_of_another_version_are_nothing(tmp_path, monkeypatch):
+    """Catches columns that are taken for others; they are computed again."""
     store = ready(tmp_path)
-    path = written(store, dead_owner(), [cell(KEYS[0], no_such_column=1.0), cell("../x"), cell(KEYS[1], bon_n="x")])
-    path.write_bytes(path.read_bytes() + frame(cell(KEYS[2])))
+    with monkeypatch.context() as patch:
+        patch.setattr(journals, "SCHEMAS", b"another")
+        written(store, dead_owner(), [cell()])
     recovered(store)
-    assert set(store.done([*KEYS, "../x"])) == {KEYS[2]} and not os.listdir(store.folder / "journals")
+    assert store.done(KEYS) == {} and not os.listdir(store.folder / "journals")
+
+
+def test_what_cannot_be_read_stays(tmp_path):
+    """Catches gc or a run that throws away, or reports as removed, what it could not look into."""
+    store, owner = ready(tmp_path), dead_owner()
+    (tmp_path / "secret").write_bytes(frame(cell()))
+    (store.folder / "journals" / f"{owner}.{UNIT}-00000001").symlink_to(tmp_path / "secret")
+    (store.folder / "journals" / f"{owner}.{UNIT}-00000002").mkdir()
+    assert recovered(store) == set() and store.done(KEYS) == {}
+    found = collect.collect(tmp_path)
+    assert collect.JOURNALS not in found.removed and len(os.listdir(store.folder / "journals")) == 2
+    assert any("2 journals" in note for note in found.notes)
+
+
+def test_large_arrays_are_published_bit_by_bit(tmp_path, monkeypatch):
+    """Catches a recovery that holds the scores of a whole unit in memory."""
+    monkeypatch.setattr(stores, "KEPT_BYTES", 100)
+    store = ready(tmp_path)
+    written(store, dead_owner(), [cell(key)._replace(kept={"scores": np.ones(10)}) for key in KEYS])
+    recovered(store)
+    assert len(os.listdir(store.folder / "kept")) == 3 and set(store.done_and_kept(KEYS, "scores")) == set(KEYS)
+
+
+# -- whoever lives and is believed dead ----------------------------------------------------------------------
+
+
+def test_a_living_one_whose_journal_was_taken_publishes_at_once(tmp_path):
+    """Catches cells appended to a file without a name: its next SIGKILL would lose them. The run goes on."""
+    store = ready(tmp_path)
+    with Part(store, UNIT, Quiet(), store.journal(ELSEWHERE, UNIT), seconds=1000) as part:
+        part.add(cell(KEYS[0]))
+        (path,) = Store(tmp_path).recover(lambda owner, unit: owner == ELSEWHERE)
+        part.add(cell(KEYS[1]))
+        assert set(Store(tmp_path).done(KEYS)) == set(KEYS[:2])
+        part.add(cell(KEYS[2]))
+        assert [c.record["fingerprint"] for c in read(journal_of(store))] == [KEYS[2]]
+        assert not path.exists()
+    assert set(store.done(KEYS)) == set(KEYS[:3]) and not os.listdir(store.folder / "journals")
+
+
+@pytest.mark.parametrize("refused", ["open", "write"])
+def test_a_refused_append_is_published_at_once(tmp_path, monkeypatch, refused):
+    """Catches a run that ends, or a cell that is lost, although its part could be written."""
+    store = ready(tmp_path)
+    real = getattr(os, refused)
+
+    def refuse(what, *rest, **more):
+        where = what if refused == "open" else os.readlink(f"/proc/self/fd/{what}")
+        if "/journals/" in str(where):
+            raise OSError(116, "Stale file handle")
+        return real(what, *rest, **more)
+
+    with Part(store, UNIT, Quiet(), store.journal(ELSEWHERE, UNIT), seconds=1000) as part:
+        part.add(cell(KEYS[0]))
+        monkeypatch.setattr(os, refused, refuse)
+        part.add(cell(KEYS[1]))
+        assert set(Store(tmp_path).done(KEYS)) == set(KEYS[: 2 if refused == "write" else 0])
+        part.add(cell(KEYS[2]))
+    assert set(store.done(KEYS)) == set(KEYS[:3])
+
+
+def test_a_journal_is_there_until_the_part_is(tmp_path, monkeypatch):
+    """Catches a journal dropped before what it holds is published, and one that stays afterwards."""
+    store = ready(tmp_path)
+    publish = store.publish_part
+
+    def watched(*args):
+        assert len(list(read(journal_of(store)))) == 2
+        return publish(*args)
+
+    monkeypatch.setattr(store, "publish_part", watched)
+    with Part(store, UNIT, Quiet(), store.journal(ELSEWHERE, UNIT), seconds=1000) as part:
+        part.add(cell(KEYS[0]))
+        part.add(cell(KEYS[1]))
+        part.flush()
+        assert not os.listdir(store.folder / "journals")
 
 
 def test_a_refused_disk_leaves_the_journal(tmp_path, monkeypatch):
@@ -202,6 +300,68 @@ def test_everything_killed_loses_cells_in_flight_only(tmp_path, ledger, monkeypa
     assert set(store.done_and_kept(keys, keep)) == keys
 
 
+def test_a_death_concerns_its_unit_only_and_comes_before_the_claims_are_free(tmp_path):
+    """Catches journals of workers that live taken along, and cells that another run claims before they are stored."""
+    store, plan = ready(tmp_path), fake_plan(2)
+    with Claims(store.folder / "claims") as mine:
+        job = Job(tmp_path, tmp_path, mine.owner, Compute(), "none", {})
+        one = units.unit_of(plan.cells)
+        bar = Progress("s", 2, None, show=False)
+        schedule = Schedule(job, store, mine, [], bar)
+        schedule._running[one.unit_id] = one
+        for unit, key in ((one.unit_id, plan.cells[0].fingerprint), (UNIT, KEYS[0])):
+            store.journal(mine.owner, unit).add(cell(key))
+        order = []
+        mine.release = lambda keys: order.append(set(store.done(keys)))
+        schedule.handle(Event(one.unit_id, "died", Death(-9)))
+        assert order == [{plan.cells[0].fingerprint}] and bar.counts["done"] == schedule.n_computed == 1
+        assert [unit for _, _, unit in listed(store.folder / "journals")] == [UNIT]
+
+
+def test_claims_of_the_dead_are_taken_after_their_journals(tmp_path):
+    """Catches a taker that dies, or is refused, in between: nobody would look for that journal again."""
+    asked = []
+
+    def refuse(owner):
+        asked.append(owner)
+        raise StoreError("full")
+
+    owner = dead_owner()
+    for key in KEYS[:2]:
+        os.symlink(owner, tmp_path / key)
+    with Claims(tmp_path, on_death=refuse) as one:
+        with pytest.raises(StoreError):
+            one.take(KEYS[:1])
+        assert os.readlink(tmp_path / KEYS[0]) == owner
+    with Claims(tmp_path, on_death=asked.append) as two:
+        assert two.take(KEYS[:2]) == set(KEYS[:2]) and asked == [owner, owner]
+
+
+@pytest.mark.parametrize("how", ["no beat", "ended"])
+def test_a_journal_without_claims_is_found_when_a_run_begins(tmp_path, ledger, how):
+    """A full disk, claims given back, later space again; also in a notebook, whose process lives on."""
+    plan, store = fake_plan(3), ready(tmp_path)
+    fake_run(plan, tmp_path / "alone")
+    before, keys = computed(ledger), [c.fingerprint for c in plan.cells]
+    whole = Store(tmp_path / "alone")
+    rows = zip(whole.records(keys).to_pylist(), whole.costs(keys).to_pylist(), strict=True)
+    written(store, ELSEWHERE if how == "no beat" else dead_owner(), [Finished(r, c, {}) for r, c in rows])
+    assert fake_run(plan, tmp_path).counts["done"] == 3 and computed(ledger) == before
+
+
+def test_cells_without_what_is_to_be_kept_are_computed(tmp_path, ledger, monkeypatch):
+    """Catches scores that are missing from a finished sweep since a dead run was not asked for them."""
+    monkeypatch.setattr(claims, "LEASE", 0.5)
+    plan, store = fake_plan(4, keep="scores"), ready(tmp_path)
+    keys = [c.fingerprint for c in plan.cells]
+    written(store, ELSEWHERE, [cell(key, cell_id=c.cell_id) for key, c in zip(keys[:2], plan.cells, strict=False)])
+    (store.folder / "claims" / f"{ELSEWHERE}.beat").write_text("7")
+    for key in keys:
+        os.symlink(ELSEWHERE, store.folder / "claims" / key)
+    summary = fake_run(plan, tmp_path)
+    assert summary.n_left == 0 and set(Store(tmp_path).done_and_kept(keys, "scores")) == set(keys)
+
+
 def test_whoever_takes_a_dead_owners_claims_publishes_what_it_had(tmp_path, ledger, monkeypatch):
     """A node of the cluster that is gone: its finished cells are not computed again by another one."""
     monkeypatch.setattr(claims, "LEASE", 0.5)
@@ -212,6 +372,7 @@ def test_whoever_takes_a_dead_owners_claims_publishes_what_it_had(tmp_path, ledg
     had = Store(tmp_path / "alone").records(keys[:3]).to_pylist()
     costs = Store(tmp_path / "alone").costs(keys[:3]).to_pylist()
     written(store, ELSEWHERE, [Finished(r, c, {}) for r, c in zip(had, costs, strict=True)])
+    (store.folder / "claims" / f"{ELSEWHERE}.beat").write_text("7")
     for key in keys:
         os.symlink(ELSEWHERE, store.folder / "claims" / key)
     assert fake_run(plan, tmp_path).counts["done"] == 6

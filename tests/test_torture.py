@@ -127,6 +127,11 @@ def test_sound_code_passes_the_others_too(base, harness):
     harness(base).assert_sound()
 
 
+def test_two_crashes_of_sound_code(base):
+    """The same for journals."""
+    mutants.killed_twice(base, "costs:half_written:1", "costs:half_written:1").assert_sound()
+
+
 def test_cells_computed_twice_by_two_runs():
     """Catches claims that share nothing, which the tables cannot show."""
     assert runners.too_often(1000, 11, 0) and not runners.too_often(1000, 10, 0) and not runners.too_often(9, 9, 1)

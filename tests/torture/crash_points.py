@@ -76,39 +76,46 @@ def _try(folder: Path, case: Case, then: str | None) -> tuple[int, list[str]]:
         scene.copied(case.scenario.template, root)
     else:
         root.mkdir()
-    first = crashed(truth, root, case.where)
+    computed = Counter[str]()
+    first = crashed(truth, root, case.where, computed)
     problems = [] if first.code == -signal.SIGKILL else [f"no crash: ended with {first.code}\n{first.error}"]
     kills = 1
     if then is not None:
-        second = crashed(truth, root, then)  # need not come there any more
+        second = crashed(truth, root, then, computed)  # need not come there any more
         kills += second.code == -signal.SIGKILL
         if second.code not in (0, -signal.SIGKILL):
             problems.append(f"the second run ended with {second.code}\n{second.error}")
-    return kills, problems + scene.settle(root, truth, damaged=case.scenario.damaged)
+    ended = scene.settle(root, truth, damaged=case.scenario.damaged, before=computed, in_flight=kills)
+    return kills, problems + ended
 
 
-def crashed(truth: scene.Truth, root: Path, where: str) -> scene.End:
-    """A run in a process of its own, with a crash where it is told."""
+def crashed(truth: scene.Truth, root: Path, where: str, computed: Counter[str]) -> scene.End:
+    """A run in a process of its own, with a crash where it is told; adds to `computed` what it computed."""
 
     def act() -> None:
         crash.arm(where)
         scene.run(truth.plan, root)
 
-    return scene.forked(act, root.parent)
+    ends = list[scene.End]()
+    computed.update(scene.ledger(lambda: ends.append(scene.forked(act, root.parent)), root))
+    return ends[0]
 
 
 # -- which points a run comes to ---------------------------------------------------------------------------
 
 
 def _scenarios(base: Path) -> list[Scenario]:
-    """Nothing there; many small parts to merge; damaged artefacts to set aside."""
+    """Nothing there; many small parts to merge; journals of a killed run; damaged artefacts to set aside."""
     plan, bigger = scene.small(), scene.small(scene.SEEDS + 1)
     truth = scene.truth_of(plan, base / "truth")
     truth_bigger = scene.truth_of(bigger, base / "bigger")
     many = scattered(plan, base / "truth", base / "scattered")
+    (killed := base / "killed" / "root").mkdir(parents=True)
+    crashed(truth, killed, "journal:written:2", Counter())
     return [
         _rehearsed("fresh", None, truth, base, damaged=False),
         _rehearsed("merge", many, truth, base, damaged=False),
+        _rehearsed("killed", killed, truth, base, damaged=False),
         _rehearsed("heal", _damaged(base / "truth", base / "damaged"), truth_bigger, base, damaged=True),
     ]
 

@@ -30,7 +30,7 @@ KINDS = {  # kind of call -> the errors that it can meet
     "unlink": (errno.EIO,),
 }
 FORGIVEN = {"note", "remove_folder", "__exit__", "probe"}  # callers that may pass over a file that cannot be removed
-HELPFUL = ("sweeps/s/logs", "store/claims")  # logs, and claims that only save work: no result hangs on them
+HELPFUL = ("sweeps/s/logs", "store/claims", "store/journals")  # logs, and what only saves work: no result hangs on it
 
 
 class Case(NamedTuple):
@@ -110,12 +110,12 @@ def _try(root: Path, truth: scene.Truth, case: Any) -> list[str]:
         finally:
             crash.arm(None)
     code = case.code if isinstance(case, Case) else getattr(errno, case.rsplit(":")[-1].upper())
-    problems = _said(error, hook, code, root, truth) + _left(root, case)
+    problems = _said(case, error, hook, code, root, truth) + _left(root, case)
     stuck = isinstance(case, Case) and case.kind == "unlink"  # in a bank's folder, it does not belong there
     return problems + scene.served(root, truth) + scene.settle(root, truth, damaged=stuck)
 
 
-def _said(error: Exception | None, hook: Full, code: int, root: Path, truth: scene.Truth) -> list[str]:
+def _said(case: Any, error: Exception | None, hook: Full, code: int, root: Path, truth: scene.Truth) -> list[str]:
     """A refusal ends the run with the path and the system's words, unless nothing hangs on that call."""
     if isinstance(error, StoreError):
         words = [str(root)] if hook.failed and hook.failed.kind == "unlink" else [str(root), os.strerror(code)]
@@ -124,6 +124,8 @@ def _said(error: Exception | None, hook: Full, code: int, root: Path, truth: sce
     if error is not None:
         return [f"{type(error).__name__} instead of StoreError: {error}"]
     call = hook.failed
+    if isinstance(case, str) and case.startswith("journal:"):
+        return [] if scene.tables(root) == truth.tables else ["a refused journal is not made good"]
     if call is None or not (call.caller in FORGIVEN or call.path.startswith(HELPFUL)):
         return [f"the refused {call and call.kind} {call and call.path} in {call and call.caller} was passed over"]
     return [] if scene.tables(root) == truth.tables else ["the run says that all is well, and the tables differ"]

@@ -20,6 +20,7 @@ from rmsweep.plan import Plan
 from torture import scene
 
 CELL = "0.005"  # seconds
+WORKERS = 2
 WINDOW = {"fork": (0.01, 0.3), "spawn": (0.3, 1.6)}  # seconds from a driver's start to the kill
 ORPHANS = 20.0  # seconds that workers may outlive their driver
 
@@ -34,30 +35,33 @@ def run(
         with mock.patch.dict(os.environ, FAKE_SECONDS="0"):
             truth = scene.truth_of(plan, base / "truth")
         root, sweeps, groups = base / "sweep0", 0, list[int]()
+        (computed := base / "computed").mkdir()
         for _ in show(list(range(n))):
-            while (killed := _driven(root, plan, rng, start, groups)) is None:
+            while (killed := _driven(root, plan, rng, start, groups, computed)) is None:
                 sweeps += 1
-                report.add({"sweep": sweeps}, _end(root, truth, groups))
+                report.add({"sweep": sweeps}, _end(root, truth, groups, computed))
                 root = base / f"sweep{sweeps}"
             report.counts[killed] = report.counts.get(killed, 0) + 1
-        report.add({"sweep": sweeps + 1}, _end(root, truth, groups))
+        report.add({"sweep": sweeps + 1}, _end(root, truth, groups, computed))
         report.counts["sweeps"] = sweeps + 1
     return report
 
 
-def _end(root: Path, truth: scene.Truth, groups: list[int]) -> list[str]:
+def _end(root: Path, truth: scene.Truth, groups: list[int], computed: Path) -> list[str]:
     """Go on to the end by the same command; cells that lost their workers too often are taken up by it again."""
     _await_orphans(groups)
+    in_flight = WORKERS * len(groups)
     groups.clear()
     with mock.patch.dict(os.environ, FAKE_SECONDS="0"):
-        problems = scene.settle(root, truth)
+        problems = scene.settle(root, truth, before=scene.taken_from(computed), in_flight=in_flight)
     shutil.rmtree(root)
     return problems
 
 
-def _driven(root: Path, plan: Plan, rng: random.Random, start: str, groups: list[int]) -> str | None:
+def _driven(root: Path, plan: Plan, rng: random.Random, start: str, groups: list[int], computed: Path) -> str | None:
     """One driver with two workers: what was killed (worker, driver, all), or None when it came to its end first."""
-    pid = _driver(root, plan, start)
+    with mock.patch.dict(os.environ, FAKE_LEDGER=str(computed)):
+        pid = _driver(root, plan, start)
     groups.append(pid)
     deadline = time.monotonic() + rng.uniform(*WINDOW[start])
     while time.monotonic() < deadline:
@@ -88,7 +92,7 @@ def _driver(root: Path, plan: Plan, start: str) -> int:
         for descriptor in range(3):
             os.dup2(null, descriptor)
         with _workers_by(start):
-            scene.run(plan, root, workers=2)
+            scene.run(plan, root, workers=WORKERS)
         os._exit(0)
     except BaseException:
         os._exit(scene.TRACED)

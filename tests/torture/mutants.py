@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from unittest import mock
 
 import pyarrow.parquet as pq
 
-from rmsweep import atomic, crash, parts, planner, store
+from rmsweep import atomic, crash, journals, parts, planner, runner, store
 from torture import corruption, crash_points, power_loss, scene
 
 Mutant = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -110,6 +111,36 @@ def key_without_beta() -> Any:
     return mock.patch.object(planner, "cell_parts", cell_parts)
 
 
+def no_journal() -> Any:
+    """What is finished is held in memory only until it is published."""
+    return mock.patch.object(journals.Journal, "add", lambda self, cell: True)
+
+
+def journal_dropped_first() -> Any:
+    """The journal goes before the part that holds its cells is there."""
+    publish = runner.Part._publish
+
+    def dropped(part: runner.Part) -> None:
+        part._journal.drop()
+        publish(part)
+
+    return mock.patch.object(runner.Part, "_publish", dropped)
+
+
+def journal_removed_first() -> Any:
+    """Whoever recovers a journal removes it, then publishes."""
+
+    def read(path: Path) -> Iterator[journals.Finished]:
+        cells = list(_READ(path))
+        atomic.remove(path)
+        return iter(cells)
+
+    return mock.patch.object(journals, "read", read)
+
+
+_READ = journals.read
+
+
 @contextlib.contextmanager
 def append() -> Iterator[None]:
     """Records go to the end of one file, each behind its length, as a journal has them."""
@@ -163,8 +194,21 @@ def crashes(base: Path, where: str) -> scene.Report:
         truth = scene.truth_of(scene.small(), base / "truth")
         (base / "case").mkdir()
         (base / "case" / "root").mkdir()
-        crash_points.crashed(truth, base / "case" / "root", where)
-        report.add({"case": where}, scene.settle(base / "case" / "root", truth))
+        computed = Counter[str]()
+        crash_points.crashed(truth, base / "case" / "root", where, computed)
+        report.add({"case": where}, scene.settle(base / "case" / "root", truth, before=computed, in_flight=1))
+    return report
+
+
+def killed_twice(base: Path, first: str, second: str) -> scene.Report:
+    """Two crashes one after the other, and going on."""
+    report = scene.Report("crash-points", 0)
+    with scene.quick():
+        truth, computed = scene.truth_of(scene.small(), base / "truth"), Counter[str]()
+        (root := base / "case" / "root").mkdir(parents=True)
+        for where in (first, second):
+            crash_points.crashed(truth, root, where, computed)
+        report.add({"case": f"{first}, {second}"}, scene.settle(root, truth, before=computed, in_flight=2))
     return report
 
 
@@ -186,6 +230,12 @@ MUTANTS: dict[str, tuple[Mutant, Callable[[Path], scene.Report]]] = {
     "no fsync of files": (no_fsync_of_files, losses),
     "no fsync of folders": (no_fsync_of_folders, losses),
     "fsync after rename": (fsync_after_rename, losses),
+    "no journal": (no_journal, lambda base: crashes(base, "costs:half_written:1")),
+    "journal dropped first": (journal_dropped_first, lambda base: crashes(base, "costs:half_written:1")),
+    "journal removed first": (
+        journal_removed_first,
+        lambda base: killed_twice(base, "costs:half_written:1", "costs:half_written:1"),
+    ),
     "key without beta": (key_without_beta, lambda base: crashes(base, "results:published:1")),
 }
 

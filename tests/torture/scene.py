@@ -170,22 +170,28 @@ def served(root: Path, truth: Truth) -> list[str]:
     return problems
 
 
-def settle(root: Path, truth: Truth, *, damaged: bool = False) -> list[str]:
+def settle(
+    root: Path, truth: Truth, *, damaged: bool = False, before: Counter[str] | None = None, in_flight: int = 0
+) -> list[str]:
     """Run the sweep to its end, and what is wrong then.
 
-    damaged: something that was committed was damaged, so that quarantine and computing again are right.
+    damaged: something that was committed was damaged, so that quarantine and computing again are right. before: what
+    was computed until now, by the ledger; in_flight: how many cells were at most when they were killed.
     """
     try:
-        before = Store(root)
-        found = before.done_and_kept(fingerprints(truth.plan), truth.plan.keep)
+        store = Store(root)
+        found = store.done_and_kept(fingerprints(truth.plan), truth.plan.keep)
         had = {key for key, status in found.items() if status == "done"} | journalled(root)
         problems = list(truth.problems)
         if not damaged:
-            problems += [f"left damaged: {text}" for text in before.corrupt]
+            problems += [f"left damaged: {text}" for text in store.corrupt]
         computed = ledger(lambda: run(truth.plan, root), root)
         problems += _ended(root, truth, damaged)
         if computed != _wanted(truth.plan, had):
             problems.append(f"computed {dict(computed)}, although {len(had)} cells were stored")
+        twice = sum(((before or Counter()) + computed - _wanted(truth.plan, set())).values())
+        if before is not None and not damaged and twice > in_flight:
+            problems.append(f"{twice} cells were computed twice, and {in_flight} in flight when they were killed")
         again = ledger(lambda: run(truth.plan, root), root)
         if again or tables(root) != truth.tables:
             problems.append(f"the finished sweep is not at rest: {dict(again)} computed once more")
@@ -231,9 +237,17 @@ def ledger(act: Callable[[], Any], root: Path) -> Counter[str]:
     folder = Path(tempfile.mkdtemp(prefix="ledger-", dir=root.parent))
     with mock.patch.dict(os.environ, FAKE_LEDGER=str(folder)):
         act()
-    names = [re.sub("-[0-9a-f]{32}$", "", name) for name in os.listdir(folder)]
-    shutil.rmtree(folder)
-    return Counter(name for name in names if name.startswith("cell-"))
+    found = taken_from(folder)
+    folder.rmdir()
+    return found
+
+
+def taken_from(folder: Path) -> Counter[str]:
+    """Names of the cells in a ledger, which is empty afterwards."""
+    names = os.listdir(folder)
+    for name in names:
+        (folder / name).unlink()
+    return Counter(re.sub("-[0-9a-f]{32}$", "", name) for name in names if name.startswith("cell-"))
 
 
 # -- processes ---------------------------------------------------------------------------------------------
