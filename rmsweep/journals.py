@@ -1,6 +1,6 @@
 """Journals: the finished cells of a unit at work, until a part holds them, so that SIGKILL takes only cells in flight.
 
-    journals/<owner>.<unit>-<8 hex digits>    frames, one a cell: lengths, sha256, record, cost row, kept arrays
+    journals/<owner>.<unit>-<8 hex digits>    frames, one a cell: lengths, sha256, rows in JSON, arrays as safetensors
 
 A worker appends to its own, without fsync: a power cut may take it. Somebody else takes it by giving it another name,
 when the worker has died or the owner (of claims) counts as dead; whoever was believed dead and lives sees that its
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import stat
@@ -30,7 +31,9 @@ from rmsweep.parts import table_of
 from rmsweep.schemas import COSTS, RECORD, arrow
 
 NAME = re.compile(r"(?P<owner>[A-Za-z0-9_]+-[0-9a-f]{8}-[0-9]+\.[0-9a-f]{12})\.(?P<unit>[0-9a-f]{16,64})-[0-9a-f]{8}")
-HEAD = struct.Struct("<QQQ32s")  # lengths in bytes of record, cost row and safetensors, sha256 of SCHEMAS and all three
+HEAD = struct.Struct("<QQ32s")  # lengths in bytes of JSON and of safetensors, sha256 of SCHEMAS and both
+COLUMN, KEPT = "column/", "kept/"  # so begin the names of arrays
+REAL = (np.dtype(np.float32), np.dtype(np.float64))
 COST = arrow(COSTS)
 SCHEMAS = f"{RECORD}\n{COST}".encode()  # a frame of other columns is nothing to this version
 
@@ -107,33 +110,47 @@ def read(path: Path) -> Iterator[Finished]:
             if left < 0:
                 return
             parts = [handle.read(length) for length in lengths]
-            if _sha(parts) != said:
+            if _sha(parts) != said or (cell := _cell(*parts)) is None:
                 return
-            yield _cell(*parts)
+            yield cell
 
 
 def frame(cell: Finished) -> bytes:
     """A cell as bytes: what tables would hold of it, bit for bit."""
     from safetensors.numpy import save
 
-    arrays = save({name: np.ascontiguousarray(array) for name, array in cell.kept.items()})
-    parts = [_row(cell.record, RECORD), _row(cell.cost, COST), arrays]
+    columns = {
+        name: value for name, value in cell.record.items() if isinstance(value, np.ndarray) and value.dtype in REAL
+    }
+    rest = {name: value for name, value in cell.record.items() if name not in columns}
+    named = {COLUMN + name: value for name, value in columns.items()} | {KEPT + n: a for n, a in cell.kept.items()}
+    arrays = save({name: np.ascontiguousarray(array) for name, array in named.items()})
+    parts = [f"[{_words(rest, RECORD)},{_words(cell.cost, COST)}]".encode(), arrays]
     return b"".join([HEAD.pack(*map(len, parts), _sha(parts)), *parts])
 
 
-def _cell(record: bytes, cost: bytes, arrays: bytes) -> Finished:
+def _words(row: Mapping[str, Any], schema: pa.Schema) -> str:
+    """A row in JSON; by way of a table, which is slower, where that has no word for what a table can hold."""
+    try:
+        return json.dumps(row, default=lambda value: value.tolist())
+    except (TypeError, ValueError, AttributeError, RecursionError):
+        (held,) = table_of([row], schema).to_pylist()
+        return json.dumps({name: held[name] for name in row})
+
+
+def _cell(words: bytes, arrays: bytes) -> Finished | None:
+    """None for what tables could not hold: no work of ours."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    (said,), (spent,) = (
-        pa.ipc.read_record_batch(pa.py_buffer(data), schema).to_pylist()
-        for data, schema in ((record, RECORD), (cost, COST))
-    )
-    return Finished(said, spent, load(arrays))
-
-
-def _row(row: Mapping[str, Any], schema: pa.Schema) -> bytes:
-    data: bytes = table_of([row], schema).to_batches()[0].serialize().to_pybytes()
-    return data
+    try:
+        (record, cost), found = json.loads(words), load(arrays)
+        record |= {name.removeprefix(COLUMN): array for name, array in found.items() if name.startswith(COLUMN)}
+        kept = {name.removeprefix(KEPT): array for name, array in found.items() if name.startswith(KEPT)}
+        table_of([record], RECORD), table_of([cost], COST)
+        return Finished(record, cost, kept) if isinstance(record["fingerprint"], str) else None
+    except (SafetensorError, pa.ArrowException, ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+        return None
 
 
 def _sha(parts: list[bytes]) -> bytes:

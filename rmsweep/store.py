@@ -177,7 +177,7 @@ class Store:
             self._publish_cells(unit, cells)
         except StoreError:
             raise
-        except (OSError, pa.ArrowException):
+        except OSError:
             return False
         with contextlib.suppress(StoreError):  # it is published: at worst it is once more
             atomic.remove(path)

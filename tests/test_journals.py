@@ -11,6 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from fake_pipeline import fake_plan, fake_run
+from safetensors.numpy import save
 from waiting import wait_until
 
 from rmsweep import atomic, claims, collect, journals, units
@@ -54,8 +55,7 @@ def written(store, owner, cells):
     journal = store.journal(owner, UNIT)
     for one in cells:
         journal.add(one)
-    (path,) = (path for path, _, _ in listed(store.folder / "journals"))
-    return path
+    return journal_of(store)
 
 
 def recovered(store):
@@ -163,6 +163,22 @@ def test_frames_of_another_version_are_nothing(tmp_path, monkeypatch):
         written(store, dead_owner(), [cell()])
     recovered(store)
     assert store.done(KEYS) == {} and not os.listdir(store.folder / "journals")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"", b"{}", b"[1, 2]", b"[{}, {}]", b'[{"fingerprint": 3}, {}]', b"[" * 100_000,
+        b'[{"fingerprint": "f", "n_train": 1e999}, {}]', b'[{"fingerprint": "f", "n_train": 9223372036854775808}, {}]', b'[{"no_such": 1}, {}]',
+    ],
+)  # fmt: skip
+def test_what_somebody_else_wrote_ends_a_journal(tmp_path, words):
+    """Catches a traceback whenever a run begins, for a frame with the right checksum that no worker writes."""
+    for arrays in (save({}), b"garbage"):
+        parts = [words, arrays]
+        data = journals.HEAD.pack(*map(len, parts), journals._sha(parts)) + words + arrays
+        (tmp_path / "j").write_bytes(frame(cell()) + data + frame(cell(KEYS[1])))
+        assert [c.record["fingerprint"] for c in read(tmp_path / "j")] == KEYS[:1]
 
 
 def test_what_cannot_be_read_stays(tmp_path):
