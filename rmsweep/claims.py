@@ -55,8 +55,13 @@ class Claims:
         return {key for key in keys if self._take(key)}
 
     def is_gone(self, owner: str) -> bool:
-        """Whether an owner is no more, or seems so: it has no beat file. Who lives may be taken for gone by mistake."""
-        return has_ended(owner) or not os.path.lexists(self.folder / f"{owner}{BEATS}")
+        """Whether an owner is no more, or seems so: it has no beat file, which a folder seen late may not show yet."""
+        with contextlib.suppress(OSError):
+            try:
+                os.lstat(self.folder / f"{owner}{BEATS}")
+            except FileNotFoundError:
+                return True
+        return has_ended(owner)
 
     def holds(self, key: str) -> bool:
         """Whether a key is still ours: who sleeps past the lease loses it."""

@@ -60,7 +60,7 @@ def run(
     with execute.begun(plan, root) as (store, claims, folder, cells, notes):
         short = _short_of_memory([cell.fingerprint for cell in cells], store, engine, files)
         memory_gib = max(filter(None, (engine.memory_gib, *short.values())), default=None)
-        todo = Todo(store, execute.pending_cells(cells, store, retry | short.keys(), plan.keep))
+        todo = Todo(store, execute.pending_cells(cells, store, retry | short.keys(), plan.keep), plan.keep)
         stopped, n_left, told = None, 0, list[str]()
         if todo.cells:
             files.prepare()

@@ -103,14 +103,14 @@ def collect(
     watch = watch or Watch(store.folder / "claims")
     temporary = _temporary(root, store)  # before the owners are watched: who writes later must not lose it
     claims = _claims(root, store)
-    authors = {path: owner for path, owner, _ in journals.listed(store.folder / "journals")}
+    authors = {path: owner for path, owner, _ in journals.listed(store.folder / "journals") if path.is_file()}
     alive = watch.alive({*claims.values(), *authors.values()})
     unused = _unreferenced(root, store, found, must=unreferenced)
     if unreferenced and unused and (running := [*alive, *_drivers(root)]):
         raise ConfigError(f"--unreferenced: a run is alive ({', '.join(running)}); wait for its end, or stop it")
     void = [path for path, owner in _claims(root, store).items() if claims.get(path) == owner and owner not in alive]
-    _recover(store, {path: owner for path, owner in authors.items() if owner not in alive}, found)
-    _take(found, CLAIMS, void)
+    unpublished = _recover(store, {path: owner for path, owner in authors.items() if owner not in alive}, found)
+    _take(found, CLAIMS, [path for path in void if claims[path] not in unpublished])
     _take(found, ORPHANS, _orphans(temporary, alive, found))
     _take(found, STATUS, [path for path in _status_files(root) if _ended(path)])
     _take(found, SLOTS, _slot_files(root, found))
@@ -119,14 +119,20 @@ def collect(
     return found
 
 
-def _recover(store: Store, authors: Mapping[Path, str], found: Collected) -> None:
-    """Publish what runs that were killed had finished; before their claims go, which say that they are dead."""
+def _recover(store: Store, authors: Mapping[Path, str], found: Collected) -> set[str]:
+    """Publish what runs that were killed had finished; owners of what is left, whose claims are still needed."""
     sizes, dead = {path: size(path) for path in sorted(authors)}, set(authors.values())
-    taken = sizes.keys() if found.dry else store.recover(lambda owner, unit: owner in dead)
+    try:
+        taken = set(sizes) if found.dry else store.recover(lambda owner, unit: owner in dead)
+    except StoreError as error:  # a full disk, which is why we are asked
+        found.notes.append(f"journals of ended runs were left: {error}")
+        return dead
     if items := [Item(path, n_bytes) for path, n_bytes in sizes.items() if path in taken]:
         found.removed[JOURNALS] = items
-    if n_left := len(sizes) - len(items):
-        found.notes.append(f"{n_left} journals in {store.folder / 'journals'} were left: they cannot be read")
+    left = [owner for _, owner, _ in journals.listed(store.folder / "journals") if owner in dead]
+    if left and not found.dry:
+        found.notes.append(f"{len(left)} journals of ended runs were left: this version cannot read them")
+    return set(left)
 
 
 def _take(found: Collected, what: str, paths: Iterable[Path], wanted: bool = True) -> None:

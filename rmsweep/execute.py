@@ -7,6 +7,7 @@ happened. It never loads torch.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -93,17 +94,24 @@ def begun(plan: Plan, root: Path) -> Iterator[Begun]:
     cells = [cell for cell in plan.cells if cell.reason is None]
     if not all(cell.fingerprint for cell in cells):
         raise DataError(plan.unknown or f"sweep {plan.name}: the data are not here, so nothing can be computed")
-    with _claims(store) as claims:  # first of all: who beats is alive
+    with _claims(store) as claims:
         notes = write_plan(plan, folder, claims)
         results.mark_last(root, plan.name)
-        store.recover(lambda owner, unit: claims.is_gone(owner))
         store.merge(cell.fingerprint for cell in cells)
         yield Begun(store, claims, folder, cells, notes)
 
 
-def _claims(store: Store) -> Claims:
-    """Of runs: before they take over what a dead one had claimed, they publish what it had finished."""
-    return Claims(store.folder / "claims", on_death=lambda dead: store.recover(lambda owner, unit: owner == dead))
+@contextlib.contextmanager
+def _claims(store: Store) -> Iterator[Claims]:
+    """Of a run: what dead ones had finished is published when it begins, or before it takes their claims over."""
+
+    def bury(dead: str) -> None:
+        store.recover(lambda owner, unit: owner == dead)
+
+    with Claims(store.folder / "claims", on_death=bury) as claims:  # first of all: who beats is alive
+        is_gone = functools.cache(claims.is_gone)
+        store.recover(lambda owner, unit: is_gone(owner))
+        yield claims
 
 
 class Share(NamedTuple):
@@ -148,7 +156,7 @@ def help_with(
         )
         stopped = _computed(schedule, engine, plan, work) if pending else None
         keys = {cell.fingerprint for cell in cells}
-        n_missing = len(keys - set(store.done(keys)))
+        n_missing = len(keys - set(store.done_and_kept(keys, plan.keep)))
         if stopped is None and not n_missing:
             write_tables(plan.name, folder, store, claims)
     return Helped(schedule.n_computed, n_missing, (*schedule.notes, *store.corrupt), schedule.given_up, stopped)

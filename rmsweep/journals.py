@@ -31,11 +31,10 @@ from rmsweep.parts import table_of
 from rmsweep.schemas import COSTS, RECORD, arrow
 
 NAME = re.compile(r"(?P<owner>[A-Za-z0-9_]+-[0-9a-f]{8}-[0-9]+\.[0-9a-f]{12})\.(?P<unit>[0-9a-f]{16,64})-[0-9a-f]{8}")
-HEAD = struct.Struct("<QQ32s")  # lengths in bytes of JSON and of safetensors, sha256 of SCHEMAS and both
+HEAD = struct.Struct("<QQ32s")  # lengths in bytes of JSON and of safetensors, sha256 of both
 COLUMN, KEPT = "column/", "kept/"  # so begin the names of arrays
 REAL = (np.dtype(np.float32), np.dtype(np.float64))
 COST = arrow(COSTS)
-SCHEMAS = f"{RECORD}\n{COST}".encode()  # a frame of other columns is nothing to this version
 
 
 class Finished(NamedTuple):
@@ -44,6 +43,10 @@ class Finished(NamedTuple):
     record: dict[str, Any]
     cost: dict[str, Any]
     kept: Mapping[str, NDArray[Any]]
+
+
+class Foreign(Exception):
+    """A frame is sound and not of this version, or no work of ours."""
 
 
 class Journal:
@@ -64,11 +67,12 @@ class Journal:
         return False
 
     def drop(self) -> None:
-        """Parts hold all of it. Raises StoreError."""
+        """Parts hold all of it."""
         if self._tail is not None:
             self._tail.close()
             path, self._tail = self._tail.path, None
-            atomic.remove(path)
+            with contextlib.suppress(StoreError):  # at worst it is published once more
+                atomic.remove(path)
 
     def close(self) -> None:
         """Append no more, and leave the file."""
@@ -101,7 +105,10 @@ def taken(path: Path) -> Path | None:
 
 
 def read(path: Path) -> Iterator[Finished]:
-    """The cells of a journal up to the first frame that is torn, damaged or of another version. Raises OSError."""
+    """The cells of a journal up to the first frame that is torn or damaged.
+
+    Raises OSError, and Foreign at a frame that is sound and holds what tables of this version cannot.
+    """
     with open(os.open(path, atomic.READ), "rb") as handle:
         left = os.fstat(handle.fileno()).st_size
         while len(head := handle.read(HEAD.size)) == HEAD.size:
@@ -110,9 +117,9 @@ def read(path: Path) -> Iterator[Finished]:
             if left < 0:
                 return
             parts = [handle.read(length) for length in lengths]
-            if _sha(parts) != said or (cell := _cell(*parts)) is None:
+            if _sha(parts) != said:
                 return
-            yield cell
+            yield _cell(*parts)
 
 
 def frame(cell: Finished) -> bytes:
@@ -138,8 +145,7 @@ def _words(row: Mapping[str, Any], schema: pa.Schema) -> str:
         return json.dumps({name: held[name] for name in row})
 
 
-def _cell(words: bytes, arrays: bytes) -> Finished | None:
-    """None for what tables could not hold: no work of ours."""
+def _cell(words: bytes, arrays: bytes) -> Finished:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -148,13 +154,15 @@ def _cell(words: bytes, arrays: bytes) -> Finished | None:
         record |= {name.removeprefix(COLUMN): array for name, array in found.items() if name.startswith(COLUMN)}
         kept = {name.removeprefix(KEPT): array for name, array in found.items() if name.startswith(KEPT)}
         table_of([record], RECORD), table_of([cost], COST)
-        return Finished(record, cost, kept) if isinstance(record["fingerprint"], str) else None
+        if not isinstance(record["fingerprint"], str):
+            raise TypeError("fingerprint")
+        return Finished(record, cost, kept)
     except (SafetensorError, pa.ArrowException, ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
-        return None
+        raise Foreign from None
 
 
 def _sha(parts: list[bytes]) -> bytes:
-    state = hashlib.sha256(SCHEMAS)
+    state = hashlib.sha256()
     for part in parts:
         state.update(part)
     return state.digest()

@@ -336,11 +336,12 @@ class Part:
     def add(self, cell: Finished) -> None:
         """Take a finished cell; raises what the publishing thread met."""
         with self._channel.shield(), self._lock:
-            if self._error is not None:
-                raise self._error
             self._cells.append(cell)
             self._kept.update({f"{cell.record['fingerprint']}/{k}": v for k, v in cell.kept.items()})
-            if not self._journal.add(cell):
+            is_safe = self._journal.add(cell)
+            if self._error is not None:
+                raise self._error
+            if not is_safe:
                 self._publish()
 
     def flush(self) -> None:
@@ -379,7 +380,8 @@ class Part:
                 if not isinstance(error, StoreError):
                     self.flush()
             finally:
-                self._journal.close()
+                with self._lock:
+                    self._journal.close()
 
 
 class Log:

@@ -211,7 +211,7 @@ class Schedule:
             self._message(event.task_id, *event.data)
             return
         item, self._busy = self._running.pop(event.task_id), time.monotonic()
-        if event.kind == "died" and not isinstance(item, str):  # before others may claim what it had finished
+        if event.kind != "finished" and not isinstance(item, str):  # before others may claim what it had finished
             self.store.recover(lambda owner, unit: (owner, unit) == (self.claims.owner, event.task_id))
         self.claims.release([_bank_key(item)] if isinstance(item, str) else _keys(item.cells))
         if event.kind == "finished":

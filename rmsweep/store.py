@@ -8,8 +8,7 @@
     quarantine/                       whatever failed its checksum
 
 A part's name carries the first 24 hex digits of its sha256 and is verified on every read. What is done is what the
-parts hold: no index, no lock. Costs and kept arrays are published before the records, whose
-publication is the commit.
+parts hold: no index, no lock. Costs and kept arrays are published before the records, whose publication is the commit.
 """
 
 from __future__ import annotations
@@ -159,29 +158,30 @@ class Store:
     def recover(self, concerns: Callable[[str, str], bool]) -> set[Path]:
         """Publish what journals of ended processes hold, and remove them; which. concerns: told owner and unit.
 
-        One that cannot be had or read stays. Of a living process it costs a publication, no more. Done twice it does no
-        harm: equal records count once. Raises StoreError where the disk refuses.
+        What cannot be had, or read by this version, stays. Of a living process it costs a publication, and kept arrays
+        lie there twice. Done twice it does no harm: equal records count once. Raises StoreError where the disk refuses.
         """
         found = [(p, unit) for p, owner, unit in journals.listed(self.folder / "journals") if concerns(owner, unit)]
         return {path for path, unit in found if (mine := journals.taken(path)) and self._publish_journal(mine, unit)}
 
     def _publish_journal(self, path: Path, unit: str) -> bool:
         """Whether a journal could be read; large arrays go to files of their own, so that memory is bounded."""
-        cells: list[Finished] = []
+        cells, is_whole = list[Finished](), True
         try:
             for cell in journals.read(path):
                 cells.append(cell)
                 if sum(array.nbytes for one in cells for array in one.kept.values()) > KEPT_BYTES:
                     self._publish_cells(unit, cells)
                     cells.clear()
-            self._publish_cells(unit, cells)
         except StoreError:
             raise
-        except OSError:
-            return False
+        except (OSError, journals.Foreign):
+            is_whole = False
+        self._publish_cells(unit, cells)
         with contextlib.suppress(StoreError):  # it is published: at worst it is once more
-            atomic.remove(path)
-        return True
+            if is_whole:
+                atomic.remove(path)
+        return is_whole
 
     def _publish_cells(self, unit: str, cells: Sequence[Finished]) -> None:
         if cells:
@@ -209,7 +209,7 @@ class Store:
     def done_and_kept(self, fingerprints: Iterable[str], keep: str) -> dict[str, str]:
         """As `done`, without the done cells that lack what `keep` (scores, models) asks for."""
         found = self.done(fingerprints)
-        if keep == "none":
+        if keep == "none" or "done" not in found.values():
             return found
         has = {key for key, name in self._kept_names() if (name == "scores") == (keep == "scores")}
         return {key: status for key, status in found.items() if status != "done" or key in has}

@@ -15,8 +15,8 @@ from rmsweep.units import unit_of
 class Todo:
     """The cells: those without a record, and recorded ones that are run again."""
 
-    def __init__(self, store: Store, cells: Sequence[PlannedCell]) -> None:
-        self.store, self.cells = store, {cell.fingerprint: cell for cell in cells}
+    def __init__(self, store: Store, cells: Sequence[PlannedCell], keep: str = "none") -> None:
+        self.store, self.cells, self.keep = store, {cell.fingerprint: cell for cell in cells}, keep
         self.again = dict[str, int]()  # recorded cells that are run again -> their last attempt
         self.stored: dict[str, str] = {}  # cells of this run that have a record -> status
         self.run_again(store.done(self.cells))
@@ -38,7 +38,8 @@ class Todo:
         waiting = self.cells.keys() - self.stored.keys()
         self.stored |= self._recorded(waiting)
         if len(self.stored) == len(self.cells) and waiting != self.cells.keys():
-            self.stored = self._recorded(self.cells)  # a damaged part may have been set aside meanwhile
+            kept = self.store.done_and_kept(self.cells, self.keep)  # whoever had a cell may not have kept its scores,
+            self.stored = {k: v for k, v in self._recorded(self.cells).items() if k in kept}  # or a part was damaged
         return self.cells.keys() - self.stored.keys()
 
     def _recorded(self, keys: Collection[str]) -> dict[str, str]:

@@ -28,6 +28,7 @@ from rmsweep.runner import Job, Part
 from rmsweep.schedule import Schedule
 from rmsweep.schemas import RECORD
 from rmsweep.store import Store
+from rmsweep.todo import Todo
 
 UNIT, ELSEWHERE = "ab" * 12, "elsewhere-01234567-1.0123456789ab"
 KEYS = [f"{i:024x}" for i in range(5)]
@@ -155,21 +156,20 @@ def test_nobody_touches_the_journal_of_a_living_one(tmp_path):
         assert len(list(listed(store.folder / "journals"))) == 1 and store.done(KEYS) == {}
 
 
-def test_frames_of_another_version_are_nothing(tmp_path, monkeypatch):
-    """Catches columns that are taken for others; they are computed again."""
+def test_frames_of_another_version(tmp_path):
+    """Catches cells thrown away for a column that this version does not know; those before it count."""
     store = ready(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(journals, "SCHEMAS", b"another")
-        written(store, dead_owner(), [cell()])
-    recovered(store)
-    assert store.done(KEYS) == {} and not os.listdir(store.folder / "journals")
+    written(store, dead_owner(), [cell(KEYS[0]), cell(KEYS[1], spearmen=1.0), cell(KEYS[2])])
+    assert recovered(store) == set() and set(store.done(KEYS)) == {KEYS[0]}
+    assert len(os.listdir(store.folder / "journals")) == 1
 
 
 @pytest.mark.parametrize(
     "words",
     [
         b"", b"{}", b"[1, 2]", b"[{}, {}]", b'[{"fingerprint": 3}, {}]', b"[" * 100_000,
-        b'[{"fingerprint": "f", "n_train": 1e999}, {}]', b'[{"fingerprint": "f", "n_train": 9223372036854775808}, {}]', b'[{"no_such": 1}, {}]',
+        b'[{"fingerprint": "f", "n_train": 1e999}, {}]', b'[{"no_such": 1}, {}]',
+        b'[{"fingerprint": "f", "n_train": 9223372036854775808}, {}]',
     ],
 )  # fmt: skip
 def test_what_somebody_else_wrote_ends_a_journal(tmp_path, words):
@@ -178,7 +178,10 @@ def test_what_somebody_else_wrote_ends_a_journal(tmp_path, words):
         parts = [words, arrays]
         data = journals.HEAD.pack(*map(len, parts), journals._sha(parts)) + words + arrays
         (tmp_path / "j").write_bytes(frame(cell()) + data + frame(cell(KEYS[1])))
-        assert [c.record["fingerprint"] for c in read(tmp_path / "j")] == KEYS[:1]
+        found = read(tmp_path / "j")
+        assert next(found).record["fingerprint"] == KEYS[0]
+        with pytest.raises(journals.Foreign):
+            next(found)
 
 
 def test_what_cannot_be_read_stays(tmp_path):
@@ -408,6 +411,45 @@ def test_workers_killed_on_the_way_out_lose_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyError):
         fake_run(plan, tmp_path)
     assert Store(tmp_path).done([key]) == {key: "done"}
+
+
+def test_garbage_collection_on_a_full_disk(tmp_path, monkeypatch):
+    """Catches gc that cannot make space since it has to write first; the claims that lead to the journal stay."""
+    store, owner = ready(tmp_path), dead_owner()
+    written(store, owner, [cell()])
+    os.symlink(owner, store.folder / "claims" / KEYS[0])
+    (store.folder / "quarantine" / "large").write_bytes(b"x" * 1000)
+
+    def refuse(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", refuse)
+        found = collect.collect(tmp_path, quarantine=True)
+    assert collect.QUARANTINE in found.removed and collect.CLAIMS not in found.removed
+    assert any("No space" in note for note in found.notes)
+    found = collect.collect(tmp_path)
+    assert collect.CLAIMS in found.removed and store.done(KEYS) == {KEYS[0]: "done"}
+
+
+def test_a_cluster_waits_for_what_is_to_be_kept(tmp_path):
+    """Catches a sweep with keep=scores that ends although a dead run published its cells without them."""
+    store, plan = ready(tmp_path), fake_plan(3, keep="scores")
+    todo = Todo(store, plan.cells, "scores")
+    assert len(todo.left()) == 3
+    keys = [c.fingerprint for c in plan.cells]
+    for key, kept in zip(keys, ({"scores": np.ones(1)}, {}, {"scores": np.ones(1)}), strict=True):
+        written(store, dead_owner(), [cell(key)._replace(kept=kept)])
+        recovered(store)
+    assert todo.left() | todo.left() == {keys[1]}
+
+
+def test_an_owner_whose_beat_cannot_be_read_is_not_gone(tmp_path, monkeypatch):
+    """Catches every living run's journals taken for one hiccup of a file server."""
+    with Claims(tmp_path) as mine:
+        assert mine.is_gone(ELSEWHERE) and not mine.is_gone(mine.owner)
+        monkeypatch.setattr(os, "lstat", lambda path: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        assert not mine.is_gone(ELSEWHERE)
 
 
 def test_garbage_collection_publishes_before_it_removes(tmp_path):

@@ -82,7 +82,7 @@ def _driven(plan: Any, root: Path, engine: Any, retry: frozenset[str] = frozense
     if summary is not None:
         return _finish(plan, summary)
     print(f"the slots of sweep {plan.name} are submitted or at work; `rmsweep status {plan.name}` looks at them, the "
-          f"same command watches them, `rmsweep cancel {plan.name}` stops them")  # fmt: skip
+          f"same command without --detach watches them, `rmsweep cancel {plan.name}` stops them")  # fmt: skip
     return 0
 
 

@@ -48,6 +48,7 @@ class Slot:
 class _Supervisor:
     def __init__(self, slot: Slot) -> None:
         self.slot, self.why, self.began = slot, "", time.monotonic()
+        self.killed = False  # the child did not leave: the slot is out of time
         limit = _job_seconds() or slot.seconds
         self.seconds = max(0.0, limit - slot.signal_seconds - LAG)
 
@@ -62,7 +63,7 @@ class _Supervisor:
             code = self._ended(child)
             if code == -signal.SIGKILL:
                 time.sleep(MOMENT)  # a job is killed process by process: let Slurm say why, instead of "failed"
-            if self.why == "leave" or (self.why and code == -signal.SIGKILL):  # it did not leave: out of time
+            if self.why == "leave" or self.killed:
                 _sleep_until_killed()
             if self.why == "time" and code == LEFT and self._is_worth_it(name, n):
                 self._requeue(name)
@@ -87,6 +88,7 @@ class _Supervisor:
             return child.wait(GRACE if self.why else None)
         except subprocess.TimeoutExpired:
             child.kill()
+            self.killed = True
             return child.wait()
 
     @contextlib.contextmanager
@@ -151,4 +153,4 @@ def _sleep_until_killed() -> None:
     deadline, parent = time.monotonic() + PATIENCE, os.getppid()
     while time.monotonic() < deadline and os.getppid() == parent:
         time.sleep(1)
-    raise RuntimeError("was told to leave, and nobody has ended it")
+    raise RuntimeError("the slot waited to be ended, and nobody has ended it")
