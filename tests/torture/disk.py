@@ -124,7 +124,7 @@ def _said(case: Any, error: Exception | None, hook: Full, code: int, root: Path,
     if error is not None:
         return [f"{type(error).__name__} instead of StoreError: {error}"]
     call = hook.failed
-    if isinstance(case, str) and case.startswith("journal:"):
+    if isinstance(case, str) and case.startswith(("journal:", "discard:")):  # the first to be removed is a journal
         return [] if scene.tables(root) == truth.tables else ["a refused journal is not made good"]
     if call is None or not (call.caller in FORGIVEN or call.path.startswith(HELPFUL)):
         return [f"the refused {call and call.kind} {call and call.path} in {call and call.caller} was passed over"]
